@@ -1,0 +1,1 @@
+"""Operators of efficient language models in JAX: one folder per operator, one public function each."""

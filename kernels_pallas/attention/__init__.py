@@ -1,0 +1,127 @@
+"""Softmax attention: grouped heads, windows, kept first tokens, sinks, softcap, prefixes, biases, packed documents."""
+
+import jax
+import jax.numpy as jnp
+
+from kernels_pallas.attention import cudnn, reference, xla
+from kernels_pallas.attention.visibility import Visibility, document_ranks
+from kernels_pallas.dispatch import choose
+
+
+def attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    causal: bool = True,
+    window: int | None = None,
+    kept: int = 0,
+    sinks: jax.Array | None = None,
+    softcap: float | None = None,
+    prefix_length: jax.Array | None = None,
+    bias: jax.Array | None = None,
+    scale: float | None = None,
+    segment_ids: jax.Array | None = None,
+    key_segment_ids: jax.Array | None = None,
+    query_positions: jax.Array | None = None,
+    key_positions: jax.Array | None = None,
+    implementation: str = "auto",
+) -> jax.Array:
+    """Weighted mean of values, weights softmax(scale q·k), per head, over the keys a query sees.
+
+    Args:
+        q: [B, T, H, K] queries. k: [B, S, G, K] keys. v: [B, S, G, V] values. H is a multiple of G: head h reads
+            group h // (H // G).
+        causal: a query sees no key of a later position.
+        window: a query sees its own position and the `window` - 1 before it (and after it, if not causal).
+        kept: the first `kept` positions of a document stay visible beyond the window (arXiv 2309.17453).
+        sinks: [H] learned logits that join the softmax's denominator and nothing else.
+        softcap: logits become softcap * tanh(logits / softcap) (arXiv 2408.00118).
+        prefix_length: int [B]; keys of a position below it are visible to every query of their document.
+        bias: [1 or B, 1 or H, T, S], added to the scaled, capped logits; differentiable.
+        scale: of the logits; K ** -0.5 if None.
+        segment_ids: int [B, T], document of each query; nothing crosses documents, 0 is padding and yields zeros.
+        key_segment_ids: int [B, S]; `segment_ids` if None, which needs S == T.
+        query_positions, key_positions: int [B, T] and [B, S]: the order, for caches whose slots are out of order. If
+            None, the index, the queries being the last T of S. Positions may restart in every document.
+        implementation: "auto", "reference" (all logits at once), "xla" or "cudnn".
+
+    Returns:
+        [B, T, H, V] in q's dtype; softmax in float32 (float64 for float64 inputs); 0 where a query sees no key.
+
+    Raises:
+        ValueError: shapes that do not fit, naming the argument, or an implementation that cannot honour the call.
+    """
+    _check_shapes(q, k, v, sinks, prefix_length, bias)
+    if window is not None and window < 1:
+        raise ValueError(f"attention: window must be at least 1, not {window}")
+    if kept < 0:
+        raise ValueError(f"attention: kept must not be negative, not {kept}")
+    visibility = _visibility(
+        q, k, causal, window, kept, prefix_length, segment_ids, key_segment_ids, query_positions, key_positions
+    )
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    obstacles = {"cudnn": cudnn.obstacles(q, k, v, sinks, visibility, softcap), "xla": [], "reference": []}
+    name = choose("attention", implementation, obstacles)
+    if name == "cudnn":
+        return cudnn.attention(q, k, v, bias, visibility, scale=scale)
+    run = xla.attention if name == "xla" else reference.attention
+    return run(q, k, v, sinks, bias, visibility, scale=scale, softcap=softcap)
+
+
+def _check_shapes(q, k, v, sinks, prefix_length, bias) -> None:
+    for name, value in (("q", q), ("k", k), ("v", v)):
+        if value.ndim != 4:
+            raise ValueError(f"attention: {name} must be [batch, time, heads, width], not shape {value.shape}")
+    batch, time, heads, width = q.shape
+    _, keys, groups, _ = k.shape
+    if k.shape != (batch, keys, groups, width):
+        raise ValueError(f"attention: k of shape {k.shape} does not fit q of shape {q.shape}")
+    if v.shape[:3] != k.shape[:3]:
+        raise ValueError(f"attention: v of shape {v.shape} does not fit k of shape {k.shape}")
+    if groups == 0 or heads % groups:
+        raise ValueError(f"attention: q has {heads} heads, not a multiple of the {groups} of k")
+    if sinks is not None and sinks.shape != (heads,):
+        raise ValueError(f"attention: sinks must have shape ({heads},), not {sinks.shape}")
+    if prefix_length is not None and prefix_length.shape != (batch,):
+        raise ValueError(f"attention: prefix_length must have shape ({batch},), not {prefix_length.shape}")
+    if bias is not None:
+        fits = bias.ndim == 4 and bias.shape[0] in (1, batch) and bias.shape[1] in (1, heads)
+        if not fits or bias.shape[2:] != (time, keys):
+            raise ValueError(
+                f"attention: bias must have shape [1 or {batch}, 1 or {heads}, {time}, {keys}], not {bias.shape}"
+            )
+
+
+def _visibility(
+    q, k, causal, window, kept, prefix_length, segment_ids, key_segment_ids, query_positions, key_positions
+) -> Visibility:
+    (batch, time), keys = q.shape[:2], k.shape[1]
+    if segment_ids is None and key_segment_ids is not None:
+        raise ValueError("attention: key_segment_ids needs segment_ids")
+    if segment_ids is not None and key_segment_ids is None:
+        if time != keys:
+            raise ValueError(f"attention: segment_ids of {time} queries and {keys} keys needs key_segment_ids")
+        key_segment_ids = segment_ids
+    given = {
+        "segment_ids": (segment_ids, time),
+        "key_segment_ids": (key_segment_ids, keys),
+        "query_positions": (query_positions, time),
+        "key_positions": (key_positions, keys),
+    }
+    for name, (value, length) in given.items():
+        if value is not None and value.shape != (batch, length):
+            raise ValueError(f"attention: {name} must have shape {(batch, length)}, not {value.shape}")
+    in_order = query_positions is None and key_positions is None
+    if query_positions is None:
+        query_positions = jnp.arange(keys - time, keys, dtype=jnp.int32)[None]
+    if key_positions is None:
+        key_ranks = jnp.arange(keys, dtype=jnp.int32)[None]
+        if segment_ids is not None and kept and window is not None:
+            key_ranks = document_ranks(key_segment_ids)
+        key_positions = jnp.arange(keys, dtype=jnp.int32)[None]
+    else:
+        key_ranks = key_positions
+    return Visibility(
+        causal, window, kept, query_positions, key_positions, key_ranks, prefix_length, segment_ids, key_segment_ids, in_order
+    )

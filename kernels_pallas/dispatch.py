@@ -1,0 +1,32 @@
+"""How every operator picks an implementation: a named one runs or refuses, `auto` picks one that can run and says which."""
+
+import functools
+import logging
+from collections.abc import Mapping, Sequence
+
+_logger = logging.getLogger("kernels_pallas")
+
+
+def choose(op: str, implementation: str, obstacles: Mapping[str, Sequence[str]]) -> str:
+    """Name the implementation to run.
+
+    `obstacles` maps every implementation of `op`, the preferred first, to the arguments or surroundings it cannot
+    honour in this call. A named implementation with an obstacle, or an unknown name, raises ValueError and says which
+    can; `auto` takes the first without one, and logs its choice once.
+    """
+    able = [name for name, reasons in obstacles.items() if not reasons]
+    if implementation == "auto":
+        _log_once(op, able[0])
+        return able[0]
+    if implementation not in obstacles:
+        raise ValueError(f"{op}: no implementation {implementation!r}; valid: auto, {', '.join(obstacles)}")
+    if reasons := obstacles[implementation]:
+        raise ValueError(
+            f"{op}: implementation {implementation!r} cannot honour {', '.join(reasons)}; can: {', '.join(able)}"
+        )
+    return implementation
+
+
+@functools.cache
+def _log_once(op: str, name: str) -> None:
+    _logger.info("%s: implementation %s", op, name)
