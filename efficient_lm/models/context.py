@@ -1,0 +1,34 @@
+"""What every block is told about the tokens it sees."""
+
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+Mode = Literal["train", "prefill", "decode"]
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["positions", "segment_ids"], meta_fields=["mode", "packed"])
+@dataclass(frozen=True)
+class Context:
+    """Positions and documents of a batch of rows.
+
+    Attributes:
+        positions: int32 ``[batch, time]``, counted from 0 within each document.
+        segment_ids: int32 ``[batch, time]``; equal ids are one document, 0 is padding.
+        mode: ``train`` (no cache), ``prefill`` (the cache is empty on entry) or ``decode`` (it holds what came before).
+        packed: whether rows may hold padding or several documents; False lets a mixer skip those masks.
+    """
+
+    positions: jax.Array
+    segment_ids: jax.Array
+    mode: Mode = field(default="train")
+    packed: bool = field(default=True)
+
+    @classmethod
+    def rows(cls, batch: int, time: int) -> "Context":
+        """One whole document in each row, without a cache."""
+        positions = jnp.broadcast_to(jnp.arange(time, dtype=jnp.int32), (batch, time))
+        return cls(positions, jnp.ones((batch, time), jnp.int32), packed=False)

@@ -1,0 +1,31 @@
+"""The contract of a channel mixer.
+
+``y, auxiliary = ffn(x, context)`` with `x [batch, time, width]`: each token by itself. `auxiliary` maps names to float32
+scalars; `loss`, where present, is added to the objective, already weighted by the spec.
+"""
+
+from collections.abc import Iterator
+
+import jax
+from flax import nnx
+
+from efficient_lm.models.parameters import Initialization
+from efficient_lm.spec import Choice
+
+Auxiliary = dict[str, jax.Array]
+
+
+class FFNSpec(Choice, role="ffn"):
+    """A channel mixer. One file per kind in this folder; defining the class registers it."""
+
+    def faults(self, width: int) -> Iterator[tuple[str, str]]:
+        """What cannot work in a model of this width: pairs of (key, message)."""
+        return iter(())
+
+    def build(self, width: int, rngs: nnx.Rngs, init: Initialization) -> nnx.Module:
+        """The module, called as ``ffn(x, context)``."""
+        raise TypeError(f"{type(self).__name__} does not define build")
+
+    def flops_per_token(self, width: int) -> float:
+        """Forward FLOPs for one token; the backward pass costs twice as much."""
+        raise TypeError(f"{type(self).__name__} does not define flops_per_token")

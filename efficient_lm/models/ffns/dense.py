@@ -1,0 +1,137 @@
+"""Dense channel mixers: the plain MLP and the gated ones."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import ClassVar, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from efficient_lm.models.context import Context
+from efficient_lm.models.ffns.base import Auxiliary, FFNSpec
+from efficient_lm.models.layers.linear import Linear
+from efficient_lm.models.parameters import Initialization
+from efficient_lm.spec import Count, PerLayer, Positive
+
+
+def relu(x: jax.Array) -> jax.Array:
+    """``max(x, 0)``."""
+    return jnp.maximum(x, 0)
+
+
+def relu_squared(x: jax.Array) -> jax.Array:
+    """``max(x, 0) ** 2`` (So et al. 2021, Primer)."""
+    return jnp.square(relu(x))
+
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "gelu": partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": partial(jax.nn.gelu, approximate=True),
+    "relu": relu,
+    "relu_squared": relu_squared,
+    "silu": jax.nn.silu,
+}
+
+
+class DenseSpec(FFNSpec):
+    """What the dense channel mixers share.
+
+    Attributes:
+        expansion: hidden units as a multiple of width.
+        hidden: hidden units, instead of `expansion`.
+        bias: whether the linear maps have biases.
+    """
+
+    gated: ClassVar[bool]
+    expansion: PerLayer[Positive]
+    hidden: PerLayer[Count | None] = None
+    bias: bool = False
+
+    @property
+    def nonlinearity(self) -> str:
+        """Name of the activation in `ACTIVATIONS`."""
+        raise TypeError(f"{type(self).__name__} does not name its activation")
+
+    def hidden_size(self, width: int) -> int:
+        """Hidden units in a model of this width; an `expansion` is rounded to a multiple of 8."""
+        return self.hidden or max(8, round(self.expansion * width / 8) * 8)
+
+    def build(self, width: int, rngs: nnx.Rngs, init: Initialization) -> nnx.Module:
+        return Dense(self, width, rngs, init)
+
+    def flops_per_token(self, width: int) -> float:
+        return 2.0 * width * self.hidden_size(width) * (3 if self.gated else 2)
+
+
+class MLPSpec(DenseSpec):
+    """``down(activation(up(x)))`` (Vaswani et al. 2017, eq. 2)."""
+
+    gated = False
+    kind: Literal["mlp"] = "mlp"
+    expansion: PerLayer[Positive] = 4.0
+    activation: Literal["gelu", "gelu_tanh", "relu", "relu_squared", "silu"] = "gelu"
+
+    @property
+    def nonlinearity(self) -> str:
+        return self.activation
+
+
+class SwiGLUSpec(DenseSpec):
+    """``down(silu(gate(x)) * up(x))`` (Shazeer 2020, eq. 6)."""
+
+    gated = True
+    kind: Literal["swiglu"] = "swiglu"
+    expansion: PerLayer[Positive] = 8 / 3
+
+    @property
+    def nonlinearity(self) -> str:
+        return "silu"
+
+
+class GeGLUSpec(DenseSpec):
+    """``down(gelu(gate(x)) * up(x))`` (Shazeer 2020, eq. 6); `approximate` takes the tanh form, as Gemma does."""
+
+    gated = True
+    kind: Literal["geglu"] = "geglu"
+    expansion: PerLayer[Positive] = 8 / 3
+    approximate: bool = True
+
+    @property
+    def nonlinearity(self) -> str:
+        return "gelu_tanh" if self.approximate else "gelu"
+
+
+class ReGLUSpec(DenseSpec):
+    """``down(relu(gate(x)) * up(x))`` (Shazeer 2020, eq. 6)."""
+
+    gated = True
+    kind: Literal["reglu"] = "reglu"
+    expansion: PerLayer[Positive] = 8 / 3
+
+    @property
+    def nonlinearity(self) -> str:
+        return "relu"
+
+
+class Dense(nnx.Module):
+    def __init__(self, spec: DenseSpec, width: int, rngs: nnx.Rngs, init: Initialization):
+        hidden, embed = {"mlp": spec.hidden_size(width)}, {"embed": width}
+        self.activation = ACTIVATIONS[spec.nonlinearity]
+        self.gated = spec.gated
+        if spec.gated:
+            # One matmul for both halves: the input is read once.
+            self.gate_up = Linear(embed, {"gate_up": 2, **hidden}, rngs, init=init, bias=spec.bias, batch=1)
+        else:
+            self.up = Linear(embed, hidden, rngs, init=init, bias=spec.bias)
+        self.down = Linear(hidden, embed, rngs, init=init, bias=spec.bias, residual=True)
+
+    def __call__(self, x: jax.Array, context: Context) -> tuple[jax.Array, Auxiliary]:
+        """`x [batch, time, width]` → the same shape and dtype, and nothing auxiliary."""
+        if self.gated:
+            both = checkpoint_name(self.gate_up(x), "ffn_hidden")
+            hidden = self.activation(both[..., 0, :]) * both[..., 1, :]
+        else:
+            hidden = self.activation(checkpoint_name(self.up(x), "ffn_hidden"))
+        return self.down(hidden), {}

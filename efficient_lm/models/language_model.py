@@ -1,0 +1,208 @@
+"""A language model: token embedding, stack of blocks, head."""
+
+import math
+from typing import Annotated, Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from pydantic import Field, model_validator
+
+from efficient_lm.errors import ConfigError, nearest
+from efficient_lm.models.block import REMAT_NAMES, BlockSpec
+from efficient_lm.models.context import Context
+from efficient_lm.models.ffns.base import Auxiliary
+from efficient_lm.models.layers.norms import NormSpec, RMSNormSpec
+from efficient_lm.models.parameters import Blueprint, Initialization, Initializer, Parameters, parameter
+from efficient_lm.models.stack import Caches, Remat, Stack
+from efficient_lm.spec import Count, Listing, OneOf, Positive, Spec
+
+
+class ModelSpec(Spec):
+    """A whole architecture, written as a layout of blocks.
+
+    Attributes:
+        width: size of the residual stream.
+        vocab_size: rows of the embedding; None takes the tokenizer's size.
+        blocks: the kinds of block there are, by name.
+        layout: names of blocks, in order.
+        repeats: how many times the layout runs; layers = len(layout) * repeats.
+        final_norm: before the head; null leaves it out.
+        tied: whether the head uses the embedding's weights.
+        embedding_multiplier: factor of the embedding; ``sqrt_width`` as in Gemma.
+        learned_positions: rows of a table of learned absolute positions added to the embedding; null has none.
+        logit_softcap: bounds the logits by ``softcap * tanh(logit / softcap)``.
+        logit_multiplier: factor of the logits.
+        init_std: standard deviation of every matrix; null takes ``fan_in ** -0.5``.
+        embedding_std: standard deviation of the embedding.
+        remat, remat_names: what the backward pass recomputes (see `stack.checkpoint_policy`).
+        scan: False unrolls the layers.
+    """
+
+    width: Count
+    blocks: Annotated[dict[str, BlockSpec], Field(min_length=1)]
+    layout: Annotated[Listing[str], Field(min_length=1)]
+    repeats: Count = 1
+    vocab_size: Count | None = None
+    final_norm: OneOf[NormSpec] | None = RMSNormSpec()
+    tied: bool = False
+    embedding_multiplier: Positive | Literal["sqrt_width"] = 1.0
+    learned_positions: Count | None = None
+    logit_softcap: Positive | None = None
+    logit_multiplier: Positive = 1.0
+    init_std: Positive | None = None
+    embedding_std: Positive = 0.02
+    remat: Remat = "none"
+    remat_names: Listing[Literal[REMAT_NAMES]] = ("attended", "ffn_hidden")
+    scan: bool = True
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "ModelSpec":
+        for index, name in enumerate(self.layout):
+            if name not in self.blocks:
+                raise ConfigError(f"model.layout[{index}]: no block is named '{name}'; {nearest(name, self.blocks)}")
+        for name in self.blocks:
+            if name not in self.layout:
+                raise ConfigError(f"model.blocks.{name}: the layout does not use this block: add it, or remove it")
+        for name, layer in zip(self.layer_names(), self.layers(), strict=True):
+            for key, message in layer.faults(self.width):
+                raise ConfigError(f"model.blocks.{name}.{key}: {message}")
+        return self
+
+    def layer_names(self) -> list[str]:
+        """The block of each layer, by name."""
+        return list(self.layout) * self.repeats
+
+    def layers(self) -> list[BlockSpec]:
+        """The spec of each layer, with values that vary with depth resolved."""
+        names = self.layer_names()
+        resolved = []
+        for index, name in enumerate(names):
+            try:
+                resolved.append(self.blocks[name].at(names[:index].count(name), names.count(name)))
+            except ConfigError as error:
+                raise ConfigError(f"model.blocks.{name}: {error}") from None
+        return resolved
+
+    def build(self) -> "LanguageModel":
+        """The model's definition; no array is allocated. `vocab_size` must be set."""
+        return LanguageModel(self)
+
+
+class Embedding(nnx.Module):
+    """Token embedding, and learned absolute positions where the spec has them."""
+
+    def __init__(self, spec: ModelSpec, rngs: nnx.Rngs):
+        start = Initializer("normal", spec.embedding_std)
+        self.multiplier = (
+            math.sqrt(spec.width) if spec.embedding_multiplier == "sqrt_width" else spec.embedding_multiplier
+        )
+        self.tokens = parameter(rngs, {"vocab": spec.vocab_size, "embed": spec.width}, start)
+        self.positions = None
+        if spec.learned_positions:
+            self.positions = parameter(rngs, {"positions": spec.learned_positions, "embed": spec.width}, start)
+
+    def __call__(self, tokens: jax.Array, positions: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+        """int32 `tokens`, `positions` ``[batch, time]`` → ``[batch, time, width]``."""
+        x = self.tokens[...][tokens].astype(dtype)
+        x = x if self.multiplier == 1.0 else x * jnp.asarray(self.multiplier, dtype)
+        return x if self.positions is None else x + self.positions[...][positions].astype(dtype)
+
+
+class Head(nnx.Module):
+    """Final norm, and output weights unless they are the embedding's."""
+
+    def __init__(self, spec: ModelSpec, rngs: nnx.Rngs, init: Initialization):
+        self.norm = spec.final_norm and spec.final_norm.build(spec.width, rngs)
+        self.weight = None
+        if not spec.tied:
+            axes = {"embed": spec.width, "vocab": spec.vocab_size}
+            self.weight = parameter(rngs, axes, init.matrix(spec.width), decay=True, matrix=((0,), (1,)))
+
+
+class LanguageModel:
+    """A causal language model over plain parameters ``{"embedding", "stack", "head"}``."""
+
+    def __init__(self, spec: ModelSpec):
+        if spec.vocab_size is None:
+            raise ConfigError("model.vocab_size: not set, and there is no tokenizer to take it from")
+        layers = spec.layers()
+        init = Initialization(spec.init_std, (2 * len(layers)) ** -0.5)
+        self.spec, self.layers = spec, layers
+        self.embedding = Blueprint(lambda rngs: Embedding(spec, rngs))
+        self.stack = Stack(layers, spec.width, init, spec.remat, spec.remat_names, spec.scan)
+        self.head = Blueprint(lambda rngs: Head(spec, rngs, init))
+
+    def init(self, key: jax.Array) -> Parameters:
+        """Fresh float32 parameters."""
+        embedding, stack, head = jax.random.split(key, 3)
+        return {
+            "embedding": self.embedding.init(embedding),
+            "stack": self.stack.init(stack),
+            "head": self.head.init(head),
+        }
+
+    @property
+    def declarations(self) -> Parameters:
+        """What each parameter declares of itself, in the shape of the parameters."""
+        return {
+            "embedding": self.embedding.declarations,
+            "stack": self.stack.declarations,
+            "head": self.head.declarations,
+        }
+
+    def hidden(
+        self,
+        params: Parameters,
+        tokens: jax.Array,
+        context: Context | None = None,
+        caches: Caches | None = None,
+        dtype: jax.typing.DTypeLike = jnp.float32,
+    ) -> tuple[jax.Array, Caches | None, Auxiliary]:
+        """What the head reads, after the final norm.
+
+        Args:
+            tokens: int32 ``[batch, time]``.
+            context: positions and documents; None takes each row as one whole document.
+            caches: from `init_caches` or an earlier call; None keeps nothing.
+            dtype: of the computation; parameters stay float32.
+
+        Returns:
+            `[batch, time, width]` in `dtype`, the caches with these tokens added, and auxiliary float32 scalars.
+        """
+        context = context or Context.rows(*tokens.shape)
+        x = self.embedding(params["embedding"])(tokens, context.positions, dtype)
+        x, caches, auxiliary = self.stack(params["stack"], x, context, caches)
+        norm = self.head(params["head"]).norm
+        return x if norm is None else norm(x), caches, auxiliary
+
+    def head_weight(self, params: Parameters) -> jax.Array:
+        """Output weights, float32 ``[width, vocab]``."""
+        weight = params["embedding"]["tokens"].T if self.spec.tied else params["head"]["weight"]
+        return weight if self.spec.logit_multiplier == 1.0 else weight * self.spec.logit_multiplier
+
+    def logits_from(self, params: Parameters, hidden: jax.Array) -> jax.Array:
+        """float32 ``[..., vocab]`` from `hidden [..., width]`."""
+        weight = self.head_weight(params).astype(hidden.dtype)
+        logits = jnp.matmul(hidden, weight, preferred_element_type=jnp.float32)
+        cap = self.spec.logit_softcap
+        return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+    def logits(self, params: Parameters, tokens: jax.Array, *args: Any, **options: Any) -> jax.Array:
+        """float32 ``[batch, time, vocab]``; arguments as `hidden`."""
+        return self.logits_from(params, self.hidden(params, tokens, *args, **options)[0])
+
+    def init_caches(self, batch: int, length: int, dtype: jax.typing.DTypeLike = jnp.float32) -> Caches:
+        """Empty caches for `batch` sequences of up to `length` tokens."""
+        return self.stack.init_caches(batch, length, dtype)
+
+    def check_length(self, length: int, key: str) -> None:
+        """Refuse sequences longer than the table of learned positions. Raises `ConfigError` naming `key`."""
+        table = self.spec.learned_positions
+        if table is not None and length > table:
+            raise ConfigError(f"{key}: {length} tokens, but model.learned_positions holds {table}; at most {table}")
+
+    def flops_per_token(self, context_length: int) -> float:
+        """Forward FLOPs for one token, the head included and the embedding not; training costs three times as much."""
+        blocks = sum(layer.flops_per_token(self.spec.width, context_length) for layer in self.layers)
+        return blocks + 2.0 * self.spec.width * self.spec.vocab_size

@@ -1,0 +1,1 @@
+"""The small parts that blocks share: linear maps, norms, positions."""

@@ -1,0 +1,46 @@
+"""Linear maps between named axes."""
+
+import math
+from collections.abc import Mapping
+
+import jax
+from flax import nnx
+
+from efficient_lm.models.parameters import ZEROS, Initialization, parameter
+
+
+class Linear(nnx.Module):
+    """``y[..., *outputs] = x[..., *inputs] @ w + b``, computed in the dtype of `x` with float32 parameters.
+
+    Args:
+        inputs, outputs: logical axis name → size, in order; the weight has all of them.
+        batch: leading output axes that are separate matrices side by side (gate and up, key and value).
+        residual: whether the map writes into the residual stream (and starts smaller with depth).
+    """
+
+    def __init__(
+        self,
+        inputs: Mapping[str, int],
+        outputs: Mapping[str, int],
+        rngs: nnx.Rngs,
+        *,
+        init: Initialization,
+        bias: bool = False,
+        batch: int = 0,
+        residual: bool = False,
+    ):
+        fan_in = math.prod(inputs.values())
+        rank_in, rank = len(inputs), len(inputs) + len(outputs)
+        matrix = (tuple(range(rank_in)), tuple(range(rank_in + batch, rank)))
+        start = init.output(fan_in) if residual else init.matrix(fan_in)
+        self.input_shape, self.output_shape = tuple(inputs.values()), tuple(outputs.values())
+        self.weight = parameter(rngs, {**inputs, **outputs}, start, decay=True, matrix=matrix)
+        self.bias = parameter(rngs, outputs, ZEROS) if bias else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`x [..., *inputs]` → `[..., *outputs]`, same dtype."""
+        lead = x.shape[: x.ndim - len(self.input_shape)]
+        rows = x.reshape(-1, math.prod(self.input_shape))
+        weight = self.weight[...].astype(x.dtype).reshape(rows.shape[-1], -1)
+        y = (rows @ weight).reshape(*lead, *self.output_shape)
+        return y if self.bias is None else y + self.bias[...].astype(x.dtype)

@@ -1,0 +1,197 @@
+"""Softmax attention: multi-head, grouped-query and multi-query, with every option of the published decoder families."""
+
+from collections.abc import Iterator
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from efficient_lm.models.context import Context
+from efficient_lm.models.layers.linear import Linear
+from efficient_lm.models.layers.norms import NormSpec
+from efficient_lm.models.layers.positions import PositionSpec, RotarySpec
+from efficient_lm.models.mixers.base import Cache, MixerSpec
+from efficient_lm.models.parameters import ZEROS, Initialization, parameter
+from efficient_lm.spec import Count, Natural, OneOf, PerLayer, Positive
+from kernels_pallas.attention import attention
+
+
+class AttentionSpec(MixerSpec):
+    """``softmax(q kᵀ / sqrt(head_size)) v`` per head (Vaswani et al. 2017, eq. 1).
+
+    Attributes:
+        heads: query heads.
+        kv_heads: key-value heads; None has one per query head, 1 is multi-query (Shazeer 2019), between is grouped
+            (Ainslie et al. 2023).
+        head_size: values per head; None takes ``width / heads``.
+        window: tokens each token sees, itself included; None sees all.
+        kept_tokens: first tokens of a document that stay visible beyond the window (Xiao et al. 2023, StreamingLLM).
+        sink_logit: a learned logit per head in the softmax's denominator, so that a head may attend to nothing.
+        softcap: bounds the logits by ``softcap * tanh(logit / softcap)`` (Gemma 2).
+        scale: factor of the logits; None takes ``head_size ** -0.5``.
+        qk_norm: norm of each head's queries and keys, before rotation (Henry et al. 2020).
+        bias, output_bias: biases of the query, key and value maps, and of the output map.
+        position: how order is known.
+        implementation: which form of `kernels_pallas.attention` computes it.
+    """
+
+    kind: Literal["attention"] = "attention"
+    heads: PerLayer[Count] = 8
+    kv_heads: PerLayer[Count | None] = None
+    head_size: Count | None = None
+    window: PerLayer[Count | None] = None
+    kept_tokens: Natural = 0
+    sink_logit: bool = False
+    softcap: Positive | None = None
+    scale: Positive | None = None
+    qk_norm: OneOf[NormSpec] | None = None
+    bias: bool = False
+    output_bias: bool = False
+    position: OneOf[PositionSpec] = RotarySpec()
+    implementation: Literal["auto", "reference", "xla", "cudnn"] = "auto"
+
+    def faults(self, width: int) -> Iterator[tuple[str, str]]:
+        if self.head_size is None and width % self.heads:
+            yield (
+                "heads",
+                f"{self.heads} heads do not divide width {width}; {_divisors(width, self.heads)}, or set head_size",
+            )
+        if self.kv_heads and self.heads % self.kv_heads:
+            yield (
+                "kv_heads",
+                f"{self.kv_heads} do not divide {self.heads} heads; {_divisors(self.heads, self.kv_heads)}",
+            )
+        if self.kept_tokens and self.window is None:
+            yield "kept_tokens", "tokens are kept beyond a window, and there is none: set window too"
+        if isinstance(self.position, RotarySpec) and self.size_per_head(width) % 2:
+            yield "head_size", f"rotary positions turn pairs of values, and {self.size_per_head(width)} is odd"
+
+    def size_per_head(self, width: int) -> int:
+        """Values per head in a model of this width."""
+        return self.head_size or width // self.heads
+
+    def build(self, width: int, rngs: nnx.Rngs, init: Initialization) -> nnx.Module:
+        return Attention(self, width, rngs, init)
+
+    def flops_per_token(self, width: int, context_length: int) -> float:
+        size, kv_heads = self.size_per_head(width), self.kv_heads or self.heads
+        projections = 2 * width * size * (2 * self.heads + 2 * kv_heads)
+        return projections + 4 * self.heads * size * self._mean_seen(context_length)
+
+    def _mean_seen(self, context_length: int) -> float:
+        """Tokens that one token attends to, averaged over the sequence."""
+        window = min(self.window or context_length, context_length)
+        ramp = window * (window + 1) / 2 + (context_length - window) * window
+        kept = min(self.kept_tokens, max(context_length - window, 0))
+        return (ramp + kept * (context_length - window - kept / 2)) / context_length
+
+
+def _divisors(number: int, near: int) -> str:
+    choices = sorted((d for d in range(1, number + 1) if number % d == 0), key=lambda d: abs(d - near))[:3]
+    return "nearest that do: " + ", ".join(str(choice) for choice in sorted(choices))
+
+
+class Attention(nnx.Module):
+    def __init__(self, spec: AttentionSpec, width: int, rngs: nnx.Rngs, init: Initialization):
+        self.spec, self.size = spec, spec.size_per_head(width)
+        self.kv_heads = spec.kv_heads or spec.heads
+        embed, heads = {"embed": width}, {"heads": spec.heads, "head_dim": self.size}
+        pair = {"key_value": 2, "kv_heads": self.kv_heads, "head_dim": self.size}
+        self.query = Linear(embed, heads, rngs, init=init, bias=spec.bias)
+        self.key_value = Linear(embed, pair, rngs, init=init, bias=spec.bias, batch=1)
+        self.output = Linear(heads, embed, rngs, init=init, bias=spec.output_bias, residual=True)
+        self.query_norm = spec.qk_norm and spec.qk_norm.build(self.size, rngs, "head_dim")
+        self.key_norm = spec.qk_norm and spec.qk_norm.build(self.size, rngs, "head_dim")
+        self.sinks = parameter(rngs, {"heads": spec.heads}, ZEROS) if spec.sink_logit else None
+        self.position = spec.position.build(spec.heads, self.size, rngs)
+
+    def __call__(self, x: jax.Array, context: Context, cache: Cache | None = None) -> tuple[jax.Array, Cache | None]:
+        """`x [batch, time, width]` → the same shape and dtype, and the cache with these tokens added."""
+        q, k, v = self._project(x, context)
+        if context.mode != "decode":
+            y = self._attend_rows(q, k, v, context)
+            cache = None if cache is None else self._remember(cache, k, v, context)
+        else:
+            y, cache = self._attend_cache(q, k, v, context, cache)
+        return self.output(checkpoint_name(y, "attended")), cache
+
+    def _project(self, x: jax.Array, context: Context) -> tuple[jax.Array, jax.Array, jax.Array]:
+        q, pair = self.query(x), self.key_value(x)
+        k, v = pair[..., 0, :, :], pair[..., 1, :, :]
+        if self.query_norm is not None:
+            q, k = self.query_norm(q), self.key_norm(k)
+        q, k = self.position.rotate(q, context.positions), self.position.rotate(k, context.positions)
+        return checkpoint_name(q, "query"), checkpoint_name(k, "key"), checkpoint_name(v, "value")
+
+    def _attend(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None, **masks: jax.Array | None
+    ) -> jax.Array:
+        spec = self.spec
+        sinks = None if self.sinks is None else self.sinks[...]
+        return attention(
+            q, k, v, window=spec.window, kept=spec.kept_tokens, sinks=sinks, softcap=spec.softcap, scale=spec.scale,
+            bias=bias, implementation=spec.implementation, **masks,
+        )  # fmt: skip
+
+    def _attend_rows(self, q: jax.Array, k: jax.Array, v: jax.Array, context: Context) -> jax.Array:
+        """Without a cache: rows are in order, so distances are differences of the index."""
+        index = jnp.arange(q.shape[1], dtype=jnp.int32)[None]
+        return self._attend(
+            q, k, v, self.position.bias(index, index), segment_ids=context.segment_ids if context.packed else None
+        )
+
+    def _attend_cache(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, context: Context, cache: Cache
+    ) -> tuple[jax.Array, Cache]:
+        """Single tokens overwrite what no query sees any more; longer pieces also look at what they would overwrite."""
+        new = self._remember(cache, k, v, context)
+        if q.shape[1] == 1 or self._slots(cache) is None:
+            seen = new
+        else:
+            piece = {"key": k, "value": v, "positions": context.positions, "segment_ids": context.segment_ids}
+            seen = {name: jnp.concatenate([cache[name], piece[name].astype(cache[name].dtype)], 1) for name in piece}
+        bias = self.position.bias(context.positions, seen["positions"])
+        y = self._attend(
+            q, seen["key"].astype(q.dtype), seen["value"].astype(q.dtype), bias,
+            segment_ids=context.segment_ids, key_segment_ids=seen["segment_ids"],
+            query_positions=context.positions, key_positions=seen["positions"],
+        )  # fmt: skip
+        return y, new
+
+    def init_cache(self, batch: int, length: int, dtype: jnp.dtype) -> Cache:
+        """An empty cache for `length` tokens, or for the kept tokens and one window where that is less.
+
+        Keys and values are `[batch, slots, kv_heads, head_size]`; segment id 0 marks an empty slot.
+        """
+        window = self.spec.window
+        slots = length if window is None else min(length, self.spec.kept_tokens + window)
+        shape = (batch, slots, self.kv_heads, self.size)
+        integers = jnp.zeros((batch, slots), jnp.int32)
+        return {
+            "key": jnp.zeros(shape, dtype), "value": jnp.zeros(shape, dtype),
+            "positions": integers, "segment_ids": integers, "seen": jnp.zeros((batch,), jnp.int32),
+        }  # fmt: skip
+
+    def _slots(self, cache: Cache) -> int | None:
+        """Slots of the ring behind the kept tokens; None if there is no window and every token keeps its slot."""
+        return None if self.spec.window is None else max(cache["key"].shape[1] - self.spec.kept_tokens, 1)
+
+    def _remember(self, cache: Cache, k: jax.Array, v: jax.Array, context: Context) -> Cache:
+        """Write these tokens; padding is not written, nor what a later token of the same piece would overwrite."""
+        real = context.segment_ids != 0
+        order = cache["seen"][:, None] + jnp.cumsum(real, axis=1) - 1
+        slot, end = order, cache["seen"] + jnp.sum(real, axis=1)
+        write, ring, kept = real, self._slots(cache), self.spec.kept_tokens
+        if ring is not None:
+            first = (context.positions < kept) & (context.segment_ids == jnp.max(context.segment_ids, 1, keepdims=True))
+            slot = jnp.where(first, context.positions, kept + order % ring)
+            write = real & (first | (order >= end[:, None] - ring))
+        slot = jnp.where(write, slot, cache["key"].shape[1])
+        row = jnp.arange(k.shape[0])[:, None]
+        new = {"key": k, "value": v, "positions": context.positions, "segment_ids": context.segment_ids}
+        written = {
+            name: cache[name].at[row, slot].set(new[name].astype(cache[name].dtype), mode="drop") for name in new
+        }
+        return {**written, "seen": end}

@@ -1,0 +1,36 @@
+"""The contract of a sequence mixer.
+
+``y, cache = mixer(x, context, cache)`` with `x [batch, time, width]`. A mixer lets nothing cross a document boundary,
+is causal, gives from its cache exactly what it computes in parallel, and keeps softmax statistics, recurrences and
+norms in float32. Its spec counts what it costs.
+"""
+
+from collections.abc import Iterator
+
+import jax
+from flax import nnx
+
+from efficient_lm.models.parameters import Initialization
+from efficient_lm.spec import Choice
+
+Cache = dict[str, jax.Array]
+"""What a mixer remembers of the tokens it has seen; every array has a leading batch axis."""
+
+
+class MixerSpec(Choice, role="mixer"):
+    """A sequence mixer. One file per kind in this folder; defining the class registers it."""
+
+    def faults(self, width: int) -> Iterator[tuple[str, str]]:
+        """What cannot work in a model of this width: pairs of (key, message)."""
+        return iter(())
+
+    def build(self, width: int, rngs: nnx.Rngs, init: Initialization) -> nnx.Module:
+        """The module, with methods ``__call__(x, context, cache)`` and ``init_cache(batch, length, dtype)``."""
+        raise TypeError(f"{type(self).__name__} does not define build")
+
+    def flops_per_token(self, width: int, context_length: int) -> float:
+        """Forward FLOPs for one token, averaged over a sequence of `context_length` (causal: half of it on average).
+
+        The backward pass costs twice as much.
+        """
+        raise TypeError(f"{type(self).__name__} does not define flops_per_token")

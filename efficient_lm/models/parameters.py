@@ -1,0 +1,161 @@
+"""Parameters that declare themselves, and modules turned into plain dicts of arrays.
+
+A module is defined with Flax NNX, built once without allocating, and from then on its parameters are a nested dict.
+What a parameter is (its logical axes, whether it is decayed, which axes form a matrix, how it starts) is said where it
+is created and read from there by sharding, optimizers, elastic slicing and accounting: nothing is guessed.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+Parameters = dict[str, Any]
+"""Nested dict of arrays."""
+
+
+@dataclass(frozen=True)
+class Initializer:
+    """How a parameter starts: ``normal`` (scale is the standard deviation, truncated at 3) or ``constant``."""
+
+    kind: str
+    scale: float
+
+    def __call__(self, key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        """A float32 array of this shape."""
+        if self.kind == "constant":
+            return jnp.full(shape, self.scale, jnp.float32)
+        return self.scale / _TRUNCATED_STD * jax.random.truncated_normal(key, -3.0, 3.0, shape, jnp.float32)
+
+    def __str__(self) -> str:
+        return f"{self.kind}({self.scale:.4g})"
+
+
+_TRUNCATED_STD = 0.98658
+"""Standard deviation of a unit normal truncated at 3."""
+
+ZEROS = Initializer("constant", 0.0)
+ONES = Initializer("constant", 1.0)
+
+
+@dataclass(frozen=True)
+class Initialization:
+    """The model's rule for matrices.
+
+    Attributes:
+        std: standard deviation of every matrix; None takes ``fan_in ** -0.5``.
+        residual_scale: factor for matrices that write into the residual stream, ``(2 * layers) ** -0.5`` as in GPT-2
+            (Radford et al. 2019, section 2.3), so that the stream's variance does not grow with depth.
+    """
+
+    std: float | None = None
+    residual_scale: float = 1.0
+
+    def matrix(self, fan_in: int) -> Initializer:
+        """For a matrix that reads the residual stream or a hidden layer."""
+        return Initializer("normal", self.std or fan_in**-0.5)
+
+    def output(self, fan_in: int) -> Initializer:
+        """For a matrix that writes into the residual stream."""
+        start = self.matrix(fan_in)
+        return replace(start, scale=start.scale * self.residual_scale)
+
+
+@dataclass(frozen=True)
+class Declaration:
+    """What a parameter says of itself.
+
+    Attributes:
+        shape: its shape.
+        axes: a logical name for each axis (`embed`, `mlp`, `heads`, `kv_heads`, `head_dim`, `vocab`, `layers`, ...).
+        decay: whether weight decay applies.
+        matrix: (input axes, output axes) of the matrix it holds, other axes being a batch of matrices; None if none.
+        initializer: how it starts.
+    """
+
+    shape: tuple[int, ...]
+    axes: tuple[str, ...]
+    decay: bool
+    matrix: tuple[tuple[int, ...], tuple[int, ...]] | None
+    initializer: Initializer
+
+    @property
+    def size(self) -> int:
+        """Number of values."""
+        return math.prod(self.shape)
+
+    def stacked(self, layers: int) -> "Declaration":
+        """The declaration of `layers` such parameters in one array with a leading axis `layers`."""
+        shifted = self.matrix and tuple(tuple(axis + 1 for axis in side) for side in self.matrix)
+        return replace(self, shape=(layers, *self.shape), axes=("layers", *self.axes), matrix=shifted)
+
+
+def parameter(
+    rngs: nnx.Rngs,
+    axes: Mapping[str, int],
+    initializer: Initializer,
+    *,
+    decay: bool = False,
+    matrix: tuple[tuple[int, ...], tuple[int, ...]] | None = None,
+) -> nnx.Param:
+    """A float32 parameter that carries its declaration. `axes` maps each logical axis, in order, to its size."""
+    shape = tuple(axes.values())
+    declaration = Declaration(shape, tuple(axes), decay, matrix, initializer)
+    return nnx.Param(initializer(rngs.params(), shape), declaration=declaration)
+
+
+class Blueprint:
+    """A module's definition, split once from its arrays.
+
+    Calling ``blueprint(params)`` inside a trace gives the module holding those arrays.
+    """
+
+    def __init__(self, build: Callable[[nnx.Rngs], nnx.Module]):
+        self.build = build
+        abstract = nnx.eval_shape(lambda: build(nnx.Rngs(0)))
+        self.graph, self.template, self.rest = nnx.split(abstract, nnx.Param, ...)
+        declared = jax.tree.map(
+            lambda leaf: leaf.get_metadata("declaration"),
+            self.template,
+            is_leaf=lambda leaf: isinstance(leaf, nnx.Variable),
+        )
+        self.declarations: Parameters = nnx.to_pure_dict(declared)
+
+    def init(self, key: jax.Array) -> Parameters:
+        """Fresh parameters: nested dict of float32 arrays."""
+        return nnx.to_pure_dict(nnx.state(self.build(nnx.Rngs(key)), nnx.Param))
+
+    def __call__(self, params: Parameters) -> Any:
+        state = jax.tree.map(lambda leaf: leaf, self.template)
+        nnx.replace_by_pure_dict(state, params)
+        return nnx.merge(self.graph, state, self.rest)
+
+
+def is_declaration(leaf: object) -> bool:
+    """For ``jax.tree.map(..., is_leaf=is_declaration)`` over a tree of declarations."""
+    return isinstance(leaf, Declaration)
+
+
+def map_declarations(function: Callable[[Declaration], Any], declarations: Parameters) -> Any:
+    """Apply `function` to every declaration of a nested dict."""
+    return jax.tree.map(function, declarations, is_leaf=is_declaration)
+
+
+def count_parameters(declarations: Parameters) -> int:
+    """Number of values in a nested dict of declarations."""
+    return sum(declaration.size for _, declaration in parameter_table(declarations))
+
+
+def decay_mask(declarations: Parameters) -> Parameters:
+    """Whether each parameter is decayed, in the shape of the parameters."""
+    return map_declarations(lambda declaration: declaration.decay, declarations)
+
+
+def parameter_table(declarations: Parameters) -> list[tuple[str, Declaration]]:
+    """(dotted path, declaration) of every parameter."""
+    leaves = jax.tree.leaves_with_path(declarations, is_leaf=is_declaration)
+    return [(".".join(step.key for step in path), leaf) for path, leaf in leaves]

@@ -1,0 +1,184 @@
+"""Layers into segments, and segments into scans.
+
+Layers that repeat (a period of one or more, several times over) form one segment: their parameters are stacked along a
+leading axis `layers` and one `lax.scan` runs over the repeats, the period unrolled inside. Compile time then does not
+grow with depth. Layers that differ from their neighbours fall into segments of their own.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+from jax import lax
+
+from efficient_lm.models.block import REMAT_NAMES, BlockSpec
+from efficient_lm.models.context import Context
+from efficient_lm.models.ffns.base import Auxiliary
+from efficient_lm.models.parameters import Blueprint, Initialization, Parameters, map_declarations
+
+Remat = Literal["none", "full", "dots", "names"]
+Caches = dict[str, dict[str, Any]]
+"""Per segment and place in its period, the mixers' caches stacked along a leading axis `layers`."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """`period` repeated `repeats` times, beginning at layer `start`."""
+
+    start: int
+    period: tuple[BlockSpec, ...]
+    repeats: int
+
+    @property
+    def layers(self) -> int:
+        """Number of layers."""
+        return len(self.period) * self.repeats
+
+
+def segment(layers: Sequence[BlockSpec]) -> list[Segment]:
+    """Cut layers into segments: at each place the repetition that covers most layers, the shortest such period."""
+    segments: list[Segment] = []
+    start = 0
+    while start < len(layers):
+        length, repeats = max(_repetitions(layers[start:]), key=lambda found: (found[0] * found[1], -found[0]))
+        segments.append(Segment(start, tuple(layers[start : start + length]), repeats))
+        start += length * repeats
+    return segments
+
+
+def _repetitions(layers: Sequence[BlockSpec]) -> list[tuple[int, int]]:
+    """(period, repeats) of every repetition that begins here; a single layer if there is none."""
+    found = [(1, 1)]
+    for length in range(1, len(layers) // 2 + 1):
+        repeats = 1
+        while layers[repeats * length : (repeats + 1) * length] == layers[:length]:
+            repeats += 1
+        if repeats > 1:
+            found.append((length, repeats))
+    return found
+
+
+def checkpoint_policy(remat: Remat, names: Sequence[str]) -> Callable[[Callable], Callable]:
+    """The rematerialisation of a block: what its backward pass keeps and what it computes again.
+
+    ``none`` keeps everything, ``full`` only the block's input, ``dots`` also results of matrix products with weights,
+    ``names`` also the values named (see `REMAT_NAMES`).
+    """
+    policies = {
+        "full": jax.checkpoint_policies.nothing_saveable,
+        "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        "names": jax.checkpoint_policies.save_only_these_names(*names),
+    }
+    if remat == "none":
+        return lambda function: function
+    # Inside a scan nothing can be merged with the forward pass, so the barrier against that is only cost.
+    return lambda function: jax.checkpoint(function, policy=policies[remat], prevent_cse=False)
+
+
+class Stack:
+    """The layers between embedding and head.
+
+    Args:
+        layers: one resolved spec per layer.
+        scan: False unrolls every layer (slower to compile, same result).
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[BlockSpec],
+        width: int,
+        init: Initialization,
+        remat: Remat = "none",
+        remat_names: Sequence[str] = REMAT_NAMES,
+        scan: bool = True,
+    ):
+        self.segments = segment(layers)
+        self.scan, self.remat = scan, checkpoint_policy(remat, remat_names)
+        kinds = {
+            spec: Blueprint(lambda rngs, spec=spec: spec.build(width, rngs, init)) for spec in dict.fromkeys(layers)
+        }
+        self.periods = [[kinds[spec] for spec in part.period] for part in self.segments]
+
+    def init(self, key: jax.Array) -> Parameters:
+        """Parameters ``{"segment_0": {"layer_0": {...}}}``, every leaf stacked over the segment's repeats."""
+        params: Parameters = {}
+        for number, (part, period) in enumerate(zip(self.segments, self.periods, strict=True)):
+            # One key per layer of the model: its parameters do not depend on how layers fall into segments.
+            keys = [jax.random.fold_in(key, part.start + index) for index in range(part.layers)]
+            stacked = jax.numpy.stack(keys).reshape(part.repeats, len(period))
+            layers = {
+                f"layer_{place}": jax.vmap(blueprint.init)(stacked[:, place]) for place, blueprint in enumerate(period)
+            }
+            params[f"segment_{number}"] = layers
+        return params
+
+    @property
+    def declarations(self) -> Parameters:
+        """Declarations in the shape of the parameters."""
+        return {
+            f"segment_{number}": {
+                f"layer_{place}": map_declarations(lambda d, n=part.repeats: d.stacked(n), blueprint.declarations)
+                for place, blueprint in enumerate(period)
+            }
+            for number, (part, period) in enumerate(zip(self.segments, self.periods, strict=True))
+        }
+
+    def __call__(
+        self, params: Parameters, x: jax.Array, context: Context, caches: Caches | None = None
+    ) -> tuple[jax.Array, Caches | None, Auxiliary]:
+        """`x [batch, time, width]` through every layer: the result, the caches with these tokens, summed auxiliaries."""
+        new_caches: Caches = {}
+        auxiliary: Auxiliary = {}
+        for name, (part, period) in zip(params, zip(self.segments, self.periods, strict=True), strict=True):
+            steps = (params[name], None if caches is None else caches[name])
+            body = self._period(period, context)
+            if part.repeats > 1 and self.scan:
+                x, (new_caches[name], sums) = lax.scan(body, x, steps)
+                sums = jax.tree.map(lambda value: value.sum(0), sums)
+            else:
+                x, (new_caches[name], sums) = _unrolled(body, x, steps, part.repeats)
+            auxiliary = _added(auxiliary, sums)
+        return x, None if caches is None else new_caches, auxiliary
+
+    def _period(self, period: Sequence[Blueprint], context: Context) -> Callable:
+        def run(x: jax.Array, step: tuple[Parameters, Caches | None]) -> tuple[jax.Array, tuple[Any, Auxiliary]]:
+            params, caches = step
+            new_caches: dict[str, Any] = {}
+            auxiliary: Auxiliary = {}
+            for (name, values), blueprint in zip(params.items(), period, strict=True):
+                block = self.remat(lambda values, x, cache, blueprint=blueprint: blueprint(values)(x, context, cache))
+                x, new_caches[name], more = block(values, x, None if caches is None else caches[name])
+                auxiliary = _added(auxiliary, more)
+            return x, (None if caches is None else new_caches, auxiliary)
+
+        return run
+
+    def init_caches(self, batch: int, length: int, dtype: jax.typing.DTypeLike) -> Caches:
+        """Empty caches of every mixer, stacked over each segment's repeats."""
+
+        def stacked(blueprint: Blueprint, repeats: int) -> Any:
+            block = blueprint(jax.tree.map(lambda d: None, blueprint.declarations))
+            empty = block.init_cache(batch, length, dtype)
+            return jax.tree.map(lambda leaf: jax.numpy.broadcast_to(leaf, (repeats, *leaf.shape)), empty)
+
+        return {
+            f"segment_{number}": {
+                f"layer_{place}": stacked(blueprint, part.repeats) for place, blueprint in enumerate(period)
+            }
+            for number, (part, period) in enumerate(zip(self.segments, self.periods, strict=True))
+        }
+
+
+def _unrolled(body: Callable, x: jax.Array, steps: Any, repeats: int) -> tuple[jax.Array, Any]:
+    """What `lax.scan(body, x, steps)` computes, layer by layer, auxiliaries already summed."""
+    caches, auxiliary = [], {}
+    for index in range(repeats):
+        x, (cache, more) = body(x, jax.tree.map(lambda leaf: leaf[index], steps))
+        caches.append(cache)
+        auxiliary = _added(auxiliary, more)
+    return x, (jax.tree.map(lambda *leaves: jax.numpy.stack(leaves), *caches), auxiliary)
+
+
+def _added(left: Auxiliary, right: Auxiliary) -> Auxiliary:
+    return left | {name: left[name] + value if name in left else value for name, value in right.items()}
