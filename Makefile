@@ -1,0 +1,59 @@
+# make train: the environment, then the quickstart.   make test: the environment, then the tests.
+# The environment is .venv, made from requirements.lock once and again when that file or pyproject.toml changes.
+# For an accelerator, after `make env`:  .venv/bin/uv pip install -c requirements.lock -e '.[cuda]'   (or '.[tpu]')
+
+SHELL := /bin/bash
+BIN := .venv/bin
+STAMP := .venv/.installed
+# -n 2: two test processes; the tests themselves keep JAX on the CPU.
+PYTEST := $(BIN)/python -m pytest -n 2
+
+.PHONY: train test test-all lint format env lock clean
+
+train: env
+	$(BIN)/efficient-lm train experiment=quickstart
+
+test: env
+	$(PYTEST) -m "not slow"
+
+test-all: env
+	$(PYTEST)
+
+lint: env
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: env
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+env: $(STAMP)
+
+# uv installs the lock in seconds where pip takes most of a minute; pip stands in where uv cannot run.
+$(STAMP): requirements.lock pyproject.toml | .venv/bin/python
+	@awk '/^[^ ]/ { keep = /^(uv|setuptools)==/ } keep' requirements.lock > .venv/bootstrap.lock
+	@$(BIN)/python -m pip install --quiet --no-compile --require-hashes -r .venv/bootstrap.lock
+	@echo "Installing what requirements.lock lists ..."
+	@VIRTUAL_ENV=.venv $(BIN)/uv pip install --quiet --require-hashes --no-build-isolation-package antlr4-python3-runtime -r requirements.lock \
+		|| $(BIN)/python -m pip install --quiet --no-compile --require-hashes -r requirements.lock
+	@$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
+	@touch $@
+
+.venv/bin/python:
+	@usable() { "$$1" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 12))' >/dev/null 2>&1; }; \
+	for python in $$PYTHON python3 python3.13 python3.12 python3.14; do \
+		if usable $$python; then exec $$python -m venv .venv; fi; \
+	done; \
+	if command -v uv >/dev/null; then exec uv venv --quiet --seed --python '>=3.12' .venv; fi; \
+	echo "error: Python 3.12 or newer (with venv) is needed and was not found." >&2; \
+	echo "Install it ('apt install python3.12 python3.12-venv', 'brew install python@3.12', or uv) or name one: make train PYTHON=/path/to/python3" >&2; \
+	exit 1
+
+# Refresh every pinned version; jax moves on purpose, with the tests, and so is named here.
+lock:
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.12 --extra dev --generate-hashes --no-annotate --no-header \
+		--no-emit-index-url --upgrade --constraint <(echo jax==0.11.2) --output-file requirements.lock pyproject.toml
+
+clean:
+	rm -rf .venv .pytest_cache .ruff_cache build dist
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
