@@ -123,5 +123,14 @@ def _visibility(
     else:
         key_ranks = key_positions
     return Visibility(
-        causal, window, kept, query_positions, key_positions, key_ranks, prefix_length, segment_ids, key_segment_ids, in_order
+        query_positions=query_positions,
+        key_positions=key_positions,
+        key_ranks=key_ranks,
+        prefix_length=prefix_length,
+        segment_ids=segment_ids,
+        key_segment_ids=key_segment_ids,
+        causal=causal,
+        window=window,
+        kept=kept,
+        in_order=in_order,
     )

@@ -1,52 +1,105 @@
 """Which keys a query sees: causal order, window, kept first tokens, prefix and documents, as one value."""
 
 import dataclasses
+import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 
+from kernels_pallas.attention.blocks import Piece, take
 
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=[
+        "query_positions",
+        "key_positions",
+        "key_ranks",
+        "prefix_length",
+        "segment_ids",
+        "key_segment_ids",
+    ],
+    meta_fields=["causal", "window", "kept", "in_order"],
+)
 @dataclasses.dataclass(frozen=True)
 class Visibility:
     """What the masking arguments of `attention` mean, positions made explicit.
 
     `query_positions` [1|B, T] and `key_positions` [1|B, S] order the tokens. `key_ranks` [1|B, S] counts the tokens
-    before a key in its document (for `kept`). `in_order` says that positions are the indices, so that whole blocks of
-    keys can be left out before anything is computed.
+    before a key in its document (for `kept`). `in_order` says that positions are indices, the queries being the last
+    T of S, so that the keys a block of queries can see are known before anything is computed.
     """
 
-    causal: bool
-    window: int | None
-    kept: int
     query_positions: jax.Array
     key_positions: jax.Array
     key_ranks: jax.Array
     prefix_length: jax.Array | None
     segment_ids: jax.Array | None
     key_segment_ids: jax.Array | None
+    causal: bool
+    window: int | None
+    kept: int
     in_order: bool
 
-    def mask(self) -> jax.Array | None:
-        """Bool [1|B, T, S], true where the query sees the key; None if every query sees every key."""
-        query, key = self.query_positions[:, :, None], self.key_positions[:, None, :]
+    def mask(self, queries_last: bool = False) -> jax.Array | None:
+        """Bool [1|B, T, S], or [1|B, S, T]: true where the query sees the key. None if every query sees every key."""
+        query_axis, key_axis = (1, 2) if queries_last else (2, 1)
+        query, key = jnp.expand_dims(self.query_positions, query_axis), jnp.expand_dims(self.key_positions, key_axis)
         seen = None
         if self.window is not None:
             seen = query - key < self.window
             if not self.causal:
                 seen &= key - query < self.window
             if self.kept:
-                seen |= self.key_ranks[:, None, :] < self.kept
+                seen |= jnp.expand_dims(self.key_ranks, key_axis) < self.kept
         if self.causal:
-            seen = _and(seen, key <= query)
+            seen = _both(seen, key <= query)
         if seen is not None and self.prefix_length is not None:
             seen |= key < self.prefix_length[:, None, None]
         if self.segment_ids is not None:
-            same = self.segment_ids[:, :, None] == self.key_segment_ids[:, None, :]
-            seen = _and(seen, same & (self.key_segment_ids[:, None, :] != 0))
+            documents = jnp.expand_dims(self.key_segment_ids, key_axis)
+            same = jnp.expand_dims(self.segment_ids, query_axis) == documents
+            seen = _both(seen, same & (documents != 0))
         return seen
 
+    def take(self, queries: Piece, keys: Sequence[Piece]) -> "Visibility":
+        """The part for some consecutive queries, and for keys in one or more pieces."""
 
-def _and(left: jax.Array | None, right: jax.Array) -> jax.Array:
+        def cut(values, pieces):
+            return None if values is None else take(values, pieces, axis=1)
+
+        return dataclasses.replace(
+            self,
+            query_positions=cut(self.query_positions, [queries]),
+            key_positions=cut(self.key_positions, keys),
+            key_ranks=cut(self.key_ranks, keys),
+            segment_ids=cut(self.segment_ids, [queries]),
+            key_segment_ids=cut(self.key_segment_ids, keys),
+        )
+
+    @property
+    def after(self) -> int | None:
+        """How many positions beyond its own a query can see; None if unknown or unlimited."""
+        if not self.in_order or self.prefix_length is not None:
+            return None
+        return 0 if self.causal else None if self.window is None else self.window - 1
+
+    @property
+    def before(self) -> int | None:
+        """How many positions before its own a query can see, apart from `first_keys`; None if unknown or unlimited."""
+        scattered = self.kept > 0 and self.segment_ids is not None
+        if not self.in_order or self.prefix_length is not None or self.window is None or scattered:
+            return None
+        return self.window - 1
+
+    @property
+    def first_keys(self) -> int:
+        """How many of the first keys stay visible beyond `before`."""
+        return 0 if self.before is None else min(self.kept, self.key_positions.shape[1])
+
+
+def _both(left: jax.Array | None, right: jax.Array) -> jax.Array:
     return right if left is None else left & right
 
 
