@@ -95,6 +95,20 @@ def test_long_texts_are_encoded_in_pieces_without_a_trace(monkeypatch):
     assert [len(ids) for ids in several] == [len(tokenizer.encode(text[:500])), 0, len(whole)]
 
 
+def test_texts_stay_whole_where_words_do_not_begin_at_spaces(tmp_path):
+    build("sotu_bpe").save(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    assert build("file", path=str(file))._splits
+    description = json.loads(file.read_text())
+    description["pre_tokenizer"] = description["pre_tokenizer"]["pretokenizers"][1]
+    file.write_text(json.dumps(description))
+    assert not build("file", path=str(file))._splits
+    description["normalizer"] = {"type": "NFC"}
+    file.write_text(json.dumps(description))
+    tokenizer = build("file", path=str(file))
+    assert not tokenizer._splits and tokenizer.decode(tokenizer.encode("e\u0301")) == "\u00e9"
+
+
 def test_save_and_load(tokenizer, tmp_path):
     tokenizer.save(tmp_path / "run")
     again = load_tokenizer(tmp_path / "run")
