@@ -98,9 +98,8 @@ class Embedding(nnx.Module):
             math.sqrt(spec.width) if spec.embedding_multiplier == "sqrt_width" else spec.embedding_multiplier
         )
         self.tokens = parameter(rngs, {"vocab": spec.vocab_size, "embed": spec.width}, start)
-        self.positions = None
-        if spec.learned_positions:
-            self.positions = parameter(rngs, {"positions": spec.learned_positions, "embed": spec.width}, start)
+        table = {"positions": spec.learned_positions, "embed": spec.width}
+        self.positions = parameter(rngs, table, start) if spec.learned_positions else None
 
     def __call__(self, tokens: jax.Array, positions: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
         """int32 `tokens`, `positions` ``[batch, time]`` → ``[batch, time, width]``."""
@@ -114,10 +113,8 @@ class Head(nnx.Module):
 
     def __init__(self, spec: ModelSpec, rngs: nnx.Rngs, init: Initialization):
         self.norm = spec.final_norm and spec.final_norm.build(spec.width, rngs)
-        self.weight = None
-        if not spec.tied:
-            axes = {"embed": spec.width, "vocab": spec.vocab_size}
-            self.weight = parameter(rngs, axes, init.matrix(spec.width), decay=True, matrix=((0,), (1,)))
+        axes, start = {"embed": spec.width, "vocab": spec.vocab_size}, init.matrix(spec.width)
+        self.weight = None if spec.tied else parameter(rngs, axes, start, decay=True, matrix=((0,), (1,)))
 
 
 class LanguageModel:
