@@ -17,12 +17,23 @@ def take(values: jax.Array, pieces: Sequence[Piece], axis: int) -> jax.Array:
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis)
 
 
-def bands(start: int, stop: int, block: int, split: bool) -> list[Band]:
-    """Cover start..stop by blocks; if `split`, by several bands, so that each can have its own static reach."""
-    full, rest = divmod(stop - start, block)
+def add_pieces(total: jax.Array, values: jax.Array, pieces: Sequence[Piece], axis: int) -> jax.Array:
+    """Add `values`, laid out as `take` returns them, to the pieces of `total` they belong to."""
+    offset = 0
+    for start, length in pieces:
+        part = jax.lax.slice_in_dim(values, offset, offset + length, axis=axis)
+        part += jax.lax.dynamic_slice_in_dim(total, start, length, axis)
+        total = jax.lax.dynamic_update_slice_in_dim(total, part, start, axis)
+        offset += length
+    return total
+
+
+def bands(length: int, block: int, split: bool) -> list[Band]:
+    """Cover `length` indices by blocks; if `split`, in several bands, so that each can have its own static reach."""
+    full, rest = divmod(length, block)
     step = max(1, -(-full // MOST_BANDS) if split or full <= MOST_BANDS else full)
-    cover = [(start + i * block, block, min(step, full - i)) for i in range(0, full, step)]
-    return cover + [(start + full * block, rest, 1)] * (rest > 0)
+    cover = [(i * block, block, min(step, full - i)) for i in range(0, full, step)]
+    return cover + [(full * block, rest, 1)] * (rest > 0)
 
 
 def reach(start: int, stop: int, back: int | None, ahead: int | None, limits: tuple[int, int]) -> tuple[int, int]:
