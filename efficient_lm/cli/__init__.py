@@ -1,0 +1,1 @@
+"""The command line: `main.py` runs it, every other file is a verb."""

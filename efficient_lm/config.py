@@ -1,0 +1,230 @@
+"""The config of each verb as one spec: composed from YAML, checked, written and read back."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, model_validator
+
+import efficient_lm.objectives  # noqa: F401  (every kind of the folder registers itself)
+from efficient_lm.composition import compose, read_yaml, to_yaml
+from efficient_lm.data.dataset import DataSpec
+from efficient_lm.data.tokenizers import TokenizerSpec
+from efficient_lm.errors import CheckpointError, ConfigError
+from efficient_lm.models.ffns.base import FFNSpec
+from efficient_lm.models.language_model import ModelSpec
+from efficient_lm.models.mixers.base import MixerSpec
+from efficient_lm.objectives.base import ObjectiveSpec
+from efficient_lm.spec import Count, Fraction, Listing, Natural, OneOf, Positive, Real, Spec, load_plugins
+from efficient_lm.training.optimizers import OptimizerSpec
+from efficient_lm.training.parallelism import ParallelismSpec
+from efficient_lm.training.precision import PrecisionSpec
+from efficient_lm.training.reporting import write_atomically
+from efficient_lm.training.schedules import ScheduleSpec
+from efficient_lm.training.trackers import TrackerSpec
+from efficient_lm.validation import validate
+
+load_plugins()
+
+Name = Annotated[str, Field(min_length=1)]
+
+
+class RunSpec(Spec):
+    """Which run this is.
+
+    Attributes:
+        name: for people and trackers.
+        dir: its folder.
+        seed: of parameters and of the data's order.
+    """
+
+    name: Name
+    dir: Name
+    seed: Natural = 0
+
+
+class TrainSpec(Spec):
+    """How long and in what portions.
+
+    Attributes:
+        steps: optimizer steps.
+        batch_size: sequences per optimizer step, over all devices.
+        sequence_length: tokens per sequence.
+        accumulate: micro-batches that a batch is cut into, one after the other.
+        clip_norm: bound of the gradient's global norm; None does not clip.
+        max_nonfinite: steps in a row whose loss or gradient is no number before the run stops.
+        log_every, checkpoint_every: steps between.
+        evaluate_every: steps between; None evaluates at the end alone.
+        evaluate_rows: of the validation data, while training; None takes all. At the end it is always all.
+        keep_checkpoints: newest ones kept.
+        minutes: of wall time after which this session saves and stops; None has no limit.
+    """
+
+    steps: Count
+    batch_size: Count = 32
+    sequence_length: Count = 256
+    accumulate: Count = 1
+    clip_norm: Positive | None = 1.0
+    max_nonfinite: Count = 20
+    log_every: Count = 10
+    evaluate_every: Count | None = None
+    evaluate_rows: Count | None = None
+    checkpoint_every: Count = 200
+    keep_checkpoints: Count = 3
+    minutes: Positive | None = None
+
+    @model_validator(mode="after")
+    def _divides(self) -> "TrainSpec":
+        if self.batch_size % self.accumulate:
+            divisors = [number for number in range(1, self.batch_size + 1) if self.batch_size % number == 0]
+            near = sorted(divisors, key=lambda divisor: abs(divisor - self.accumulate))[:3]
+            raise ConfigError(
+                f"train.accumulate: {self.accumulate} micro-batches do not divide train.batch_size={self.batch_size}; "
+                f"nearest that do: {', '.join(map(str, sorted(near)))}"
+            )
+        return self
+
+
+class RunConfig(Spec):
+    """A training run, whole. What `config.yaml` in a run directory holds."""
+
+    model: ModelSpec
+    objective: OneOf[ObjectiveSpec]
+    data: DataSpec
+    tokenizer: OneOf[TokenizerSpec]
+    optimizer: OneOf[OptimizerSpec]
+    schedule: OneOf[ScheduleSpec]
+    precision: PrecisionSpec = PrecisionSpec()
+    parallelism: ParallelismSpec = ParallelismSpec()
+    tracker: OneOf[TrackerSpec]
+    run: RunSpec
+    train: TrainSpec
+
+    @model_validator(mode="after")
+    def _fits(self) -> "RunConfig":
+        self.schedule.spans(self.train.steps)
+        return self
+
+
+class EvaluateConfig(Spec):
+    """An evaluation.
+
+    Attributes:
+        checkpoint: a run directory, or one of its checkpoints.
+        data: whose validation part is read; None takes what the run was trained on.
+        text: a file, or files, to read instead.
+        sequence_length: None takes the one of training.
+        batch_size: sequences at a time.
+    """
+
+    checkpoint: Name
+    data: DataSpec | None = None
+    text: Name | Annotated[Listing[Name], Field(min_length=1)] | None = None
+    sequence_length: Count | None = None
+    batch_size: Count = 32
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "EvaluateConfig":
+        if self.text is not None and self.data is not None:
+            raise ConfigError("text: data is given too; leave one of them out")
+        return self
+
+
+class GenerateConfig(Spec):
+    """A generation.
+
+    Attributes:
+        checkpoint: a run directory, or one of its checkpoints.
+        prompt: a text, or several.
+        prompt_file: a file with one prompt per line, instead of `prompt`.
+        max_new_tokens: per prompt.
+        temperature: of the softmax; 0 takes the likeliest token.
+        top_k, top_p, min_p: restrict what is sampled; None does not.
+        seed: of the sampling.
+        stop_at_end: whether the end-of-text token ends a text.
+    """
+
+    checkpoint: Name
+    prompt: str | Annotated[Listing[str], Field(min_length=1)] = ""
+    prompt_file: Name | None = None
+    max_new_tokens: Count = 128
+    temperature: Annotated[Real, Field(ge=0)] = 0.8
+    top_k: Count | None = None
+    top_p: Annotated[Fraction, Field(gt=0)] | None = None
+    min_p: Fraction | None = None
+    seed: Natural = 0
+    stop_at_end: bool = True
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "GenerateConfig":
+        if self.prompt_file is not None and self.prompt:
+            raise ConfigError("prompt_file: prompt is given too; leave one of them out")
+        return self
+
+
+def load_run_config(
+    overrides: Sequence[str] = (), config_dirs: Iterable[str | Path] = (), verb: str = "train"
+) -> RunConfig:
+    """Compose and check the config of a training run. Raises `ConfigError`."""
+    return validate(RunConfig, compose(verb, overrides, config_dirs).values)
+
+
+def save_config(path: str | Path, config: Spec) -> None:
+    """Write a config as YAML, whole or not at all."""
+    write_atomically(path, to_yaml(config.dump()))
+
+
+def read_config(path: str | Path) -> RunConfig:
+    """The config that `save_config` wrote. Raises `CheckpointError`: it is missing, torn, or of another version."""
+    try:
+        return validate(RunConfig, read_yaml(path))
+    except ConfigError as error:
+        text = str(error)
+        raise CheckpointError(text if text.startswith(str(path)) else f"{path}: {text}") from error
+
+
+class Palettes(Spec):
+    """The groups that models take by interpolation."""
+
+    mixer: OneOf[MixerSpec]
+    ffn: OneOf[FFNSpec]
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON Schema (2020-12) of the YAML files of a training run, for editors.
+
+    A file may hold any part of a config (groups and experiments do), so only the `kind` of a choice is required, and
+    any value may be an interpolation ``${...}``. A mapping without `kind` is a partial one, of which nothing is checked.
+    """
+    palettes, run = Palettes.model_json_schema(), RunConfig.model_json_schema()
+    definitions = {name: _relaxed(schema) for name, schema in (palettes["$defs"] | run["$defs"]).items()}
+    sections = {name: _relaxed(schema) for name, schema in (palettes["properties"] | run["properties"]).items()}
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "efficient-lm training run",
+        "type": "object",
+        "properties": {"defaults": {"type": "array"}, **{name: _or_interpolation(sections[name]) for name in sections}},
+        "additionalProperties": False,
+        "$defs": definitions,
+    }
+
+
+def _relaxed(schema: Any) -> Any:
+    """The schema with partial mappings and interpolations allowed."""
+    if isinstance(schema, list):
+        return [_relaxed(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    relaxed = {key: _relaxed(value) for key, value in schema.items() if key not in ("required", "properties", "title")}
+    if "oneOf" in relaxed:
+        relaxed["oneOf"].append({"type": "object", "not": {"required": ["kind"]}})
+    if "properties" in schema:
+        relaxed["properties"] = {key: _or_interpolation(_relaxed(value)) for key, value in schema["properties"].items()}
+        if "kind" in schema["properties"]:
+            relaxed["properties"]["kind"] = _relaxed(schema["properties"]["kind"])
+            relaxed["required"] = ["kind"]
+    return relaxed
+
+
+def _or_interpolation(schema: dict[str, Any]) -> dict[str, Any]:
+    return {"anyOf": [schema, {"type": "string", "pattern": r"^\$\{.+\}$"}]}

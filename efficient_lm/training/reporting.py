@@ -1,0 +1,233 @@
+"""What a run tells people: metrics.jsonl, a progress bar or plain lines, and a plot of the loss."""
+
+import json
+import math
+import os
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from efficient_lm.errors import CheckpointError
+
+METRICS_FILE = "metrics.jsonl"
+SMOOTHING = 0.9
+"""Weight of the past in the smoothed training loss of the plot."""
+
+
+def write_atomically(path: str | Path, content: str | bytes) -> None:
+    """Write a file whole or not at all: beside its place first, then by renaming."""
+    path = Path(path)
+    data = content.encode() if isinstance(content, str) else content
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+            os.fchmod(file.fileno(), 0o666 & ~_umask())
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def write_json_atomically(path: str | Path, value: Any) -> None:
+    """Write JSON, indented; numbers that are not finite become null."""
+    write_atomically(path, json.dumps(_finite(value), indent=2, allow_nan=False) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class MetricsFile:
+    """`metrics.jsonl`: one JSON object per row, on disk as soon as it is appended."""
+
+    def __init__(self, run_dir: str | Path):
+        self.path = Path(run_dir) / METRICS_FILE
+        self._file: Any = None
+
+    def resume(self, step: int) -> None:
+        """Drop rows beyond `step`, which will come again, and a last line that was torn."""
+        if self.path.exists():
+            rows = [row for row in read_metrics(self.path.parent) if row.get("step", 0) <= step]
+            write_atomically(self.path, "".join(map(_line, rows)))
+
+    def append(self, row: dict[str, Any]) -> None:
+        """Write one row."""
+        if self._file is None:
+            self._file = open(self.path, "a", encoding="utf-8")
+        self._file.write(_line(row))
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+def _line(row: dict[str, Any]) -> str:
+    return json.dumps(_finite(row), allow_nan=False) + "\n"
+
+
+def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
+    """The rows of `metrics.jsonl`, without a torn last line. Raises `CheckpointError` for any other bad line."""
+    path = Path(run_dir) / METRICS_FILE
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line) if line.strip() else None
+            if not isinstance(row, dict | None):
+                raise ValueError("not an object")
+        except ValueError as error:
+            if number == len(lines):
+                break
+            raise CheckpointError(f"{path}:{number}: not a JSON object") from error
+        if row is not None:
+            rows.append(row)
+    return rows
+
+
+class Console:
+    """Progress for people: a bar on a terminal, plain lines elsewhere."""
+
+    def __init__(self, total_steps: int, start_step: int = 0):
+        import rich.console
+
+        self.total, self.start = total_steps, start_step
+        self._began = time.monotonic()
+        self._console = rich.console.Console(highlight=False, soft_wrap=True)
+        self._bar = _bar(self._console) if self._console.is_terminal else None
+        if self._bar is not None:
+            self._task = self._bar.add_task("", total=total_steps, completed=start_step, loss="", speed="", left="")
+            self._bar.start()
+
+    def show(self, row: dict[str, Any]) -> None:
+        """A row of `metrics.jsonl`: of training, or of validation (with `val_loss`)."""
+        if "val_loss" in row:
+            self.message(f"step {row['step']}: validation " + _validation(row))
+        elif self._bar is not None:
+            self._bar.update(self._task, completed=row["step"], **self._figures(row))
+        else:
+            figures = self._figures(row)
+            parts = [
+                f"step {row['step']}/{self.total}",
+                f"loss {figures['loss']}",
+                figures["speed"],
+                f"{figures['left']} left",
+            ]
+            self.message("  ".join(part for part in parts if part))
+
+    def message(self, text: str) -> None:
+        """A line of its own, above the bar if there is one."""
+        self._console.print(text, markup=False)
+
+    def close(self) -> None:
+        """Leave the terminal as it was."""
+        if self._bar is not None:
+            self._bar.stop()
+
+    def _figures(self, row: dict[str, Any]) -> dict[str, str]:
+        loss, speed = row.get("loss"), row.get("tokens_per_second")
+        return {
+            "loss": "not a number" if loss is None else f"{loss:.4f}",
+            "speed": f"{speed:,.0f} tokens/s" if speed else "",
+            "left": self._left(row["step"]),
+        }
+
+    def _left(self, step: int) -> str:
+        """Time left at the average pace of this session."""
+        done = step - self.start
+        return _duration((self.total - step) * (time.monotonic() - self._began) / done) if done > 0 else "?"
+
+
+def _bar(console: Any) -> Any:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    return Progress(
+        TextColumn("step"),
+        MofNCompleteColumn(),
+        BarColumn(bar_width=None),
+        TextColumn("loss [bold]{task.fields[loss]}"),
+        TextColumn("[cyan]{task.fields[speed]}"),
+        TextColumn("[dim]{task.fields[left]} left"),
+        console=console,
+        expand=True,
+    )
+
+
+def _validation(row: dict[str, Any]) -> str:
+    names = {"val_loss": "loss", "val_bits_per_byte": "bits per byte"}
+    return ", ".join(f"{shown} {row[name]:.4f}" for name, shown in names.items() if row.get(name) is not None)
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def plot_loss(run_dir: str | Path) -> Path:
+    """Draw `plots/loss.png`: training loss, raw and smoothed, and validation loss; bits per byte on a second axis."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    rows = read_metrics(run_dir)
+    figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25, linewidth=0.6)
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss (nats per token)")
+    steps, loss = _series(rows, "loss")
+    axes.plot(steps, loss, color="#4c72b0", alpha=0.3, linewidth=0.8)
+    axes.plot(steps, _smoothed(loss), color="#4c72b0", linewidth=1.8, label="training (smoothed)")
+    axes.plot(*_series(rows, "val_loss"), color="#dd8452", marker="o", markersize=4, linewidth=1.5, label="validation")
+    handles, labels = axes.get_legend_handles_labels()
+    steps, bits = _series(rows, "val_bits_per_byte")
+    if bits:
+        right = axes.twinx()
+        right.spines[["top"]].set_visible(False)
+        right.set_ylabel("validation bits per byte")
+        handles += right.plot(
+            steps, bits, color="#55a868", linestyle="--", linewidth=1.2, label="bits per byte (right)"
+        )
+        labels.append(f"bits per byte (right), last {bits[-1]:.3f}")
+    axes.set_title(Path(run_dir).absolute().name, loc="left", fontweight="bold")
+    axes.legend(handles, labels, frameon=False)
+    path = Path(run_dir) / "plots" / "loss.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path.with_suffix(".tmp"), format="png")
+    os.replace(path.with_suffix(".tmp"), path)
+    return path
+
+
+def _series(rows: list[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
+    points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
+    return [step for step, _ in points], [value for _, value in points]
+
+
+def _smoothed(values: list[float]) -> list[float]:
+    """Exponential moving average, corrected for its start at zero."""
+    smooth, average = [], 0.0
+    for count, value in enumerate(values, start=1):
+        average = SMOOTHING * average + (1 - SMOOTHING) * value
+        smooth.append(average / (1 - SMOOTHING**count))
+    return smooth
