@@ -1,4 +1,4 @@
-"""Cross entropy of a linear head, the logits materialised or not."""
+"""Cross entropy of a linear head, without materialised logits where that is better."""
 
 from typing import NamedTuple
 
@@ -10,11 +10,12 @@ from kernels_pallas.linear_cross_entropy import reference, xla
 
 
 class CrossEntropySums(NamedTuple):
-    """Float32 scalars, all sums over tokens: divide by `weight_sum` once, after accumulation and across devices."""
+    """Float32 scalars, sums over tokens: divide once by `weight_sum`, after accumulation and across devices."""
 
     loss_sum: jax.Array
     z_loss_sum: jax.Array
     weight_sum: jax.Array
+    correct_sum: jax.Array
 
 
 def linear_cross_entropy(
@@ -28,20 +29,46 @@ def linear_cross_entropy(
     chunk: int | None = None,
     implementation: str = "auto",
 ) -> CrossEntropySums:
-    """Sums of -log softmax(x w)[label] and of the squared log-normaliser.
+    """Weighted sums over tokens of -log softmax(x w)[label], of the squared log-normaliser, and of hits.
 
     Args:
-        x: [N, D] hidden states, in the dtype the logits' matmul is computed in. w: [D, V] head.
-        labels: int [N]. weights: [N], 0 for tokens that do not count.
-        z_loss: the coefficient with which `z_loss_sum` will be added; 0 lets its gradient be left out.
+        x: [N, D] hidden states; their dtype is that of the matmuls, which accumulate in float32.
+        w: [D, V] head, in any float dtype; a tied embedding is passed transposed.
+        labels: int [N]. weights: [N]; 0 for tokens that do not count, whatever their label.
+        z_loss: the coefficient `z_loss_sum` will be added with (arXiv 2204.02311). It changes no value: it says
+            which combination's gradient is computed along with the loss. Gradients of others are right, but slower.
         softcap: logits become softcap * tanh(logits / softcap) (arXiv 2408.00118).
-        chunk: tokens whose logits exist at one time.
-        implementation: "auto", "reference" or "xla".
+        chunk: tokens whose logits are alive at a time. None: all for "xla", `xla.default_chunk` for "auto".
+        implementation: "auto", "reference" (never in chunks) or "xla".
+
+    Returns:
+        CrossEntropySums; `loss_sum` is without z-loss. A hit is a label whose logit is the largest.
+
+    Raises:
+        ValueError: shapes that do not fit, naming the argument, or an implementation that cannot honour the call.
     """
-    name = choose("linear_cross_entropy", implementation, {"xla": [], "reference": []})
+    _check(x, w, labels, weights, chunk)
+    obstacles = {"xla": [], "reference": [] if chunk is None else ["chunk"]}
+    name = choose("linear_cross_entropy", implementation, obstacles)
     weights = weights.astype(jnp.promote_types(x.dtype, jnp.float32))
     if name == "reference":
-        loss, squares = reference.sums(x, w, labels, weights, softcap=softcap)
+        loss, squares, hits = reference.sums(x, w, labels, weights, softcap=softcap)
     else:
-        loss, squares = xla.sums(x, w, labels, weights, softcap=softcap, chunk=chunk)
-    return CrossEntropySums(loss, squares, jnp.sum(weights))
+        if chunk is None and implementation == "auto":
+            chunk = xla.default_chunk(x.shape[0], w.shape[1], jax.default_backend())
+        loss, squares, hits = xla.sums(x, w, labels, weights, z_loss=z_loss, softcap=softcap, chunk=chunk)
+    return CrossEntropySums(loss, squares, jnp.sum(weights), jax.lax.stop_gradient(hits))
+
+
+def _check(x, w, labels, weights, chunk) -> None:
+    if x.ndim != 2:
+        raise ValueError(f"linear_cross_entropy: x must be [tokens, width], not shape {x.shape}")
+    if w.ndim != 2 or w.shape[0] != x.shape[1]:
+        raise ValueError(f"linear_cross_entropy: w must be [{x.shape[1]}, vocabulary], not shape {w.shape}")
+    for name, value in (("labels", labels), ("weights", weights)):
+        if value.shape != x.shape[:1]:
+            raise ValueError(f"linear_cross_entropy: {name} must have shape {x.shape[:1]}, not {value.shape}")
+    if not jnp.issubdtype(labels.dtype, jnp.integer):
+        raise ValueError(f"linear_cross_entropy: labels must be integers, not {labels.dtype}")
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"linear_cross_entropy: chunk must be at least 1, not {chunk}")

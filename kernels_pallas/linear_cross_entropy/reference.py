@@ -4,13 +4,14 @@ import jax
 import jax.numpy as jnp
 
 
-def sums(x, w, labels, weights, *, softcap: float | None) -> tuple[jax.Array, jax.Array]:
-    """Weighted sums of the cross entropy and of the squared log-normaliser; x [N,D], w [D,V], labels and weights [N]."""
+def sums(x, w, labels, weights, *, softcap: float | None):
+    """Weighted sums of cross entropy, squared log-normaliser and hits; x [N,D], w [D,V], labels and weights [N]."""
     dtype = jnp.promote_types(x.dtype, jnp.float32)
     logits = jnp.matmul(x.astype(dtype), w.astype(dtype), precision="highest")
     if softcap is not None:
         logits = softcap * jnp.tanh(logits / softcap)
-    normaliser = jax.nn.logsumexp(logits, axis=-1)
+    normalisers = jax.nn.logsumexp(logits, axis=-1)
     log_probabilities = jax.nn.log_softmax(logits, axis=-1)
-    picked = jnp.take_along_axis(log_probabilities, labels[:, None], axis=-1)[:, 0]
-    return -jnp.sum(weights * picked), jnp.sum(weights * normaliser**2)
+    picked = jnp.take_along_axis(log_probabilities, labels[:, None], axis=-1, mode="clip")[:, 0]
+    hits = jnp.argmax(logits, axis=-1) == labels
+    return -jnp.sum(weights * picked), jnp.sum(weights * normalisers**2), jnp.sum(weights * hits)

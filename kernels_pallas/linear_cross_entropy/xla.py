@@ -1,35 +1,150 @@
-"""Linear cross-entropy in plain JAX for any backend: all logits at once, or chunks of tokens."""
+"""Linear cross-entropy in plain JAX for any backend, with the logits of a chunk of tokens alive at a time.
+
+The gradient is computed with the loss, chunk by chunk, while the logits are there: three matmuls in all, as many as
+with stored logits, and no logits kept. It is that of `loss + z_loss * squares`, the combination training uses; for any
+other one the backward pass computes the logits again. The head's gradient accumulates in float32.
+"""
+
+import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 
-def sums(x, w, labels, weights, *, softcap: float | None, chunk: int | None) -> tuple[jax.Array, jax.Array]:
-    """Weighted sums of the cross entropy and of the squared log-normaliser; x [N,D], w [D,V], labels and weights [N]."""
-    if chunk is None or chunk >= x.shape[0]:
-        return _materialised(x, w, labels, weights, softcap)
+class _Options(NamedTuple):
+    z_loss: float
+    softcap: float | None
+    chunk: int
+
+
+class _Tokens(NamedTuple):
+    """Of every token, [N]: cross entropy, log-normaliser, and whether the label has the largest logit."""
+
+    losses: jax.Array
+    normalisers: jax.Array
+    hits: jax.Array
+
+
+def default_chunk(tokens: int, vocabulary: int, backend: str) -> int:
+    """Tokens per chunk that ran fastest: see the table in `benchmarks/cross_entropy.py`.
+
+    On CPUs the logits of a chunk should stay in the cache, about 8 MiB of them. Accelerators want large matmuls:
+    logits are materialised there up to 2 GiB, and cut into chunks of 512 MiB beyond (a choice, not a measurement).
+    """
+    if backend == "cpu":
+        chunk = max(512, 2**21 // vocabulary)
+    else:
+        chunk = tokens if tokens * vocabulary <= 2**29 else max(1024, 2**27 // vocabulary)
+    return min(tokens, chunk)
+
+
+def sums(x, w, labels, weights, *, z_loss: float, softcap: float | None, chunk: int | None):
+    """Weighted sums of cross entropy, squared log-normaliser and hits; x [N,D], w [D,V], labels and weights [N]."""
     tokens = x.shape[0]
-    padding = -tokens % chunk
-    parts = [
-        jnp.pad(value, [(0, padding)] + [(0, 0)] * (value.ndim - 1)).reshape(-1, chunk, *value.shape[1:])
-        for value in (x, labels, weights)
-    ]
-
-    @jax.checkpoint
-    def step(totals, part):
-        x, labels, weights = part
-        loss, squares = _materialised(x, w, labels, weights, softcap)
-        return (totals[0] + loss, totals[1] + squares), None
-
-    zero = jnp.zeros((), jnp.promote_types(x.dtype, jnp.float32))
-    return jax.lax.scan(step, (zero, zero), tuple(parts))[0]
+    options = _Options(z_loss, softcap, max(1, tokens if chunk is None else min(chunk, tokens)))
+    return _sums(options, x, w, labels, weights)
 
 
-def _materialised(x, w, labels, weights, softcap):
-    dtype = jnp.promote_types(x.dtype, jnp.float32)
-    logits = jnp.matmul(x, w.astype(x.dtype), preferred_element_type=dtype)
-    if softcap is not None:
-        logits = softcap * jnp.tanh(logits / softcap)
-    normaliser = jax.nn.logsumexp(logits, axis=-1)
-    picked = jnp.take_along_axis(logits, labels[:, None], axis=-1)[:, 0]
-    return jnp.sum(weights * (normaliser - picked)), jnp.sum(weights * normaliser**2)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _sums(options, x, w, labels, weights):
+    head = w.astype(x.dtype)
+
+    def step(_, part):
+        logits, _ = _logits(options, part[0], head)
+        return None, _measure(logits, part[1])
+
+    return _total(_for_chunks(options, step, None, (x, labels))[1], weights)
+
+
+def _forward(options, x, w, labels, weights):
+    coefficients = weights, options.z_loss * weights
+    tokens, dx, dw = _with_gradient(options, x, w, labels, *coefficients)
+    return _total(tokens, weights), (x, w, labels, weights, tokens, dx, dw)
+
+
+def _backward(options, residuals, cotangents):
+    x, w, labels, weights, tokens, dx, dw = residuals
+    dloss, dsquares, _ = cotangents
+
+    def stored():
+        return dx * dloss.astype(dx.dtype), dw * dloss.astype(dw.dtype)
+
+    def recomputed():
+        return _with_gradient(options, x, w, labels, dloss * weights, dsquares * weights)[1:]
+
+    dx, dw = jax.lax.cond(dsquares == options.z_loss * dloss, stored, recomputed)
+    dweights = dloss * tokens.losses + dsquares * tokens.normalisers**2
+    return dx, dw, None, dweights.astype(weights.dtype)
+
+
+_sums.defvjp(_forward, _backward)
+
+
+def _with_gradient(options, x, w, labels, loss_weights, square_weights):
+    """What `_measure` says of every token; and dx [N,D], dw [D,V] of the sums with the given weights [N]."""
+    head = w.astype(x.dtype)
+
+    def step(dw, part):
+        x, labels, loss_weights, square_weights = part
+        logits, slope = _logits(options, x, head)
+        tokens = _measure(logits, labels)
+        pull = (loss_weights + 2 * square_weights * tokens.normalisers)[:, None]
+        dlogits = pull * jnp.exp(logits - tokens.normalisers[:, None])
+        dlogits = (dlogits - jnp.where(_is_label(logits, labels), loss_weights[:, None], 0)) * slope
+        dlogits = dlogits.astype(x.dtype)
+        # XLA's CPU matmul is half as fast when it contracts the rows of its left operand; the barrier prevents it.
+        turned = jax.lax.optimization_barrier(x.T)
+        dw += jnp.matmul(turned, dlogits, preferred_element_type=dw.dtype)
+        dx = jnp.matmul(dlogits, head.T, preferred_element_type=dw.dtype).astype(x.dtype)
+        return dw, (tokens, dx)
+
+    zeros = jnp.zeros(w.shape, jnp.promote_types(w.dtype, jnp.float32))
+    dw, (tokens, dx) = _for_chunks(options, step, zeros, (x, labels, loss_weights, square_weights))
+    return tokens, dx, dw.astype(w.dtype)
+
+
+def _logits(options, x, head):
+    """Float32 logits [n, V], and their slope in the products of x and head."""
+    logits = jnp.matmul(x, head, preferred_element_type=jnp.promote_types(x.dtype, jnp.float32))
+    if options.softcap is None:
+        return logits, 1
+    cap = jnp.tanh(logits / options.softcap)
+    return options.softcap * cap, 1 - cap**2
+
+
+def _measure(logits, labels) -> _Tokens:
+    largest = jnp.max(logits, axis=-1)
+    normalisers = largest + jnp.log(jnp.sum(jnp.exp(logits - largest[:, None]), axis=-1))
+    picked = jnp.take_along_axis(logits, labels[:, None], axis=-1, mode="clip")[:, 0]
+    return _Tokens(normalisers - picked, normalisers, picked >= largest)
+
+
+def _is_label(logits, labels):
+    return labels[:, None] == jnp.arange(logits.shape[1], dtype=labels.dtype)
+
+
+def _total(tokens: _Tokens, weights):
+    losses, squares = jnp.sum(weights * tokens.losses), jnp.sum(weights * tokens.normalisers**2)
+    return losses, squares, jnp.sum(weights * tokens.hits)
+
+
+def _for_chunks(options, step, carry, values):
+    """Fold `carry, outputs = step(carry, part)` over chunks of tokens; outputs are joined in the order of tokens.
+
+    A chunk takes every n-th token, not a run of them, so that where tokens are sharded every chunk is on all devices.
+    """
+    tokens, chunk = values[0].shape[0], options.chunk
+    if chunk == tokens:
+        return step(carry, values)
+    count = -(-tokens // chunk)
+
+    def split(value):
+        padded = jnp.pad(value, [(0, count * chunk - tokens)] + [(0, 0)] * (value.ndim - 1))
+        return padded.reshape(chunk, count, *value.shape[1:]).swapaxes(0, 1)
+
+    def join(value):
+        return value.swapaxes(0, 1).reshape(count * chunk, *value.shape[2:])[:tokens]
+
+    carry, outputs = jax.lax.scan(step, carry, tuple(split(value) for value in values))
+    return carry, jax.tree.map(join, outputs)
