@@ -48,8 +48,8 @@ class BlockSpec(Spec):
             if half is not None:
                 yield from ((f"{name}.{key}", message) for key, message in half.faults(width))
 
-    def build(self, width: int, rngs: nnx.Rngs, init: Initialization) -> "Block":
-        return Block(self, width, rngs, init)
+    def build(self, width: int, init: Initialization) -> "Block":
+        return Block(self, width, init)
 
     def flops_per_token(self, width: int, context_length: int) -> float:
         """Forward FLOPs of the matrices and the mixer for one token."""
@@ -60,9 +60,9 @@ class BlockSpec(Spec):
 class Half(nnx.Module):
     """One half of a block with its norms: `inner(x, *rest) -> (y, extra)`."""
 
-    def __init__(self, inner: nnx.Module, spec: BlockSpec, width: int, rngs: nnx.Rngs, input_norm: bool):
+    def __init__(self, inner: nnx.Module, spec: BlockSpec, width: int, input_norm: bool):
         def norm(*places: str) -> nnx.Module | None:
-            return spec.norm.build(width, rngs) if spec.norm_position in places else None
+            return spec.norm.build(width) if spec.norm_position in places else None
 
         self.inner, self.multiplier = inner, spec.residual_multiplier
         self.input_norm = norm("pre", "sandwich") if input_norm else None
@@ -76,18 +76,18 @@ class Half(nnx.Module):
 
 
 class Block(nnx.Module):
-    def __init__(self, spec: BlockSpec, width: int, rngs: nnx.Rngs, init: Initialization):
+    def __init__(self, spec: BlockSpec, width: int, init: Initialization):
         self.parallel = spec.residual == "parallel"
 
         def half(part: MixerSpec | FFNSpec | None) -> Half | None:
-            inner = part and part.build(width, rngs, init)
-            return inner and Half(inner, spec, width, rngs, input_norm=not spec.shared_norm)
+            inner = part and part.build(width, init)
+            return inner and Half(inner, spec, width, input_norm=not spec.shared_norm)
 
         def post_norm(wanted: object) -> nnx.Module | None:
-            return spec.norm.build(width, rngs) if spec.norm_position == "post" and wanted else None
+            return spec.norm.build(width) if spec.norm_position == "post" and wanted else None
 
         self.mixer, self.ffn = half(spec.mixer), half(spec.ffn)
-        self.shared_norm = spec.norm.build(width, rngs) if spec.shared_norm else None
+        self.shared_norm = spec.norm.build(width) if spec.shared_norm else None
         self.mixer_norm = post_norm(spec.mixer and not self.parallel)
         self.ffn_norm = post_norm(spec.ffn and not self.parallel)
         self.joint_norm = post_norm(self.parallel)

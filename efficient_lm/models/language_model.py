@@ -92,14 +92,14 @@ class ModelSpec(Spec):
 class Embedding(nnx.Module):
     """Token embedding, and learned absolute positions where the spec has them."""
 
-    def __init__(self, spec: ModelSpec, rngs: nnx.Rngs):
+    def __init__(self, spec: ModelSpec):
         start = Initializer("normal", spec.embedding_std)
         self.multiplier = (
             math.sqrt(spec.width) if spec.embedding_multiplier == "sqrt_width" else spec.embedding_multiplier
         )
-        self.tokens = parameter(rngs, {"vocab": spec.vocab_size, "embed": spec.width}, start)
+        self.tokens = parameter({"vocab": spec.vocab_size, "embed": spec.width}, start)
         table = {"positions": spec.learned_positions, "embed": spec.width}
-        self.positions = parameter(rngs, table, start) if spec.learned_positions else None
+        self.positions = parameter(table, start) if spec.learned_positions else None
 
     def __call__(self, tokens: jax.Array, positions: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
         """int32 `tokens`, `positions` ``[batch, time]`` → ``[batch, time, width]``."""
@@ -111,10 +111,10 @@ class Embedding(nnx.Module):
 class Head(nnx.Module):
     """Final norm, and output weights unless they are the embedding's."""
 
-    def __init__(self, spec: ModelSpec, rngs: nnx.Rngs, init: Initialization):
-        self.norm = spec.final_norm and spec.final_norm.build(spec.width, rngs)
+    def __init__(self, spec: ModelSpec, init: Initialization):
+        self.norm = spec.final_norm and spec.final_norm.build(spec.width)
         axes, start = {"embed": spec.width, "vocab": spec.vocab_size}, init.matrix(spec.width)
-        self.weight = None if spec.tied else parameter(rngs, axes, start, decay=True, matrix=((0,), (1,)))
+        self.weight = None if spec.tied else parameter(axes, start, decay=True, matrix=((0,), (1,)))
 
 
 class LanguageModel:
@@ -126,9 +126,9 @@ class LanguageModel:
         layers = spec.layers()
         init = Initialization(spec.init_std, (2 * len(layers)) ** -0.5)
         self.spec, self.layers = spec, layers
-        self.embedding = Blueprint(lambda rngs: Embedding(spec, rngs))
+        self.embedding = Blueprint(lambda: Embedding(spec))
         self.stack = Stack(layers, spec.width, init, spec.remat, spec.remat_names, spec.scan)
-        self.head = Blueprint(lambda rngs: Head(spec, rngs, init))
+        self.head = Blueprint(lambda: Head(spec, init))
 
     def init(self, key: jax.Array) -> Parameters:
         """Fresh float32 parameters."""

@@ -25,12 +25,6 @@ class Initializer:
     kind: str
     scale: float
 
-    def __call__(self, key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-        """A float32 array of this shape."""
-        if self.kind == "constant":
-            return jnp.full(shape, self.scale, jnp.float32)
-        return self.scale / _TRUNCATED_STD * jax.random.truncated_normal(key, -3.0, 3.0, shape, jnp.float32)
-
     def __str__(self) -> str:
         return f"{self.kind}({self.scale:.4g})"
 
@@ -95,17 +89,19 @@ class Declaration:
 
 
 def parameter(
-    rngs: nnx.Rngs,
     axes: Mapping[str, int],
     initializer: Initializer,
     *,
     decay: bool = False,
     matrix: tuple[tuple[int, ...], tuple[int, ...]] | None = None,
 ) -> nnx.Param:
-    """A float32 parameter that carries its declaration. `axes` maps each logical axis, in order, to its size."""
+    """A float32 parameter that carries its declaration; `Blueprint.init` gives it its first values.
+
+    `axes` maps each logical axis, in order, to its size.
+    """
     shape = tuple(axes.values())
     declaration = Declaration(shape, tuple(axes), decay, matrix, initializer)
-    return nnx.Param(initializer(rngs.params(), shape), declaration=declaration)
+    return nnx.Param(jnp.zeros(shape, jnp.float32), declaration=declaration)
 
 
 class Blueprint:
@@ -114,10 +110,8 @@ class Blueprint:
     Calling ``blueprint(params)`` inside a trace gives the module holding those arrays.
     """
 
-    def __init__(self, build: Callable[[nnx.Rngs], nnx.Module]):
-        self.build = build
-        abstract = nnx.eval_shape(lambda: build(nnx.Rngs(0)))
-        self.graph, self.template, self.rest = nnx.split(abstract, nnx.Param, ...)
+    def __init__(self, build: Callable[[], nnx.Module]):
+        self.graph, self.template, self.rest = nnx.split(nnx.eval_shape(build), nnx.Param, ...)
         declared = jax.tree.map(
             lambda leaf: leaf.get_metadata("declaration"),
             self.template,
@@ -126,8 +120,26 @@ class Blueprint:
         self.declarations: Parameters = nnx.to_pure_dict(declared)
 
     def init(self, key: jax.Array) -> Parameters:
-        """Fresh parameters: nested dict of float32 arrays."""
-        return nnx.to_pure_dict(nnx.state(self.build(nnx.Rngs(key)), nnx.Param))
+        """Fresh parameters: nested dict of float32 arrays.
+
+        All normal values come from one draw that is cut into pieces: a draw for each parameter takes XLA many times as
+        long to compile.
+        """
+        drawn = sum(
+            declared.size for _, declared in parameter_table(self.declarations) if declared.initializer.kind == "normal"
+        )
+        values = jax.random.truncated_normal(key, -3.0, 3.0, (drawn,), jnp.float32) / _TRUNCATED_STD
+        first = 0
+
+        def start(declared: Declaration) -> jax.Array:
+            nonlocal first
+            if declared.initializer.kind == "constant":
+                return jnp.full(declared.shape, declared.initializer.scale, jnp.float32)
+            piece = values[first : first + declared.size].reshape(declared.shape)
+            first += declared.size
+            return declared.initializer.scale * piece
+
+        return map_declarations(start, self.declarations)
 
     def __call__(self, params: Parameters) -> Any:
         state = jax.tree.map(lambda leaf: leaf, self.template)

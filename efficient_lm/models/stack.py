@@ -7,9 +7,11 @@ grow with depth. Layers that differ from their neighbours fall into segments of 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 from efficient_lm.models.block import REMAT_NAMES, BlockSpec
@@ -95,9 +97,7 @@ class Stack:
     ):
         self.segments = segment(layers)
         self.scan, self.remat = scan, checkpoint_policy(remat, remat_names)
-        kinds = {
-            spec: Blueprint(lambda rngs, spec=spec: spec.build(width, rngs, init)) for spec in dict.fromkeys(layers)
-        }
+        kinds = {spec: Blueprint(lambda spec=spec: spec.build(width, init)) for spec in dict.fromkeys(layers)}
         self.periods = [[kinds[spec] for spec in part.period] for part in self.segments]
 
     def init(self, key: jax.Array) -> Parameters:
@@ -105,10 +105,10 @@ class Stack:
         params: Parameters = {}
         for number, (part, period) in enumerate(zip(self.segments, self.periods, strict=True)):
             # One key per layer of the model: its parameters do not depend on how layers fall into segments.
-            keys = [jax.random.fold_in(key, part.start + index) for index in range(part.layers)]
-            stacked = jax.numpy.stack(keys).reshape(part.repeats, len(period))
+            keys = jax.vmap(partial(jax.random.fold_in, key))(part.start + jnp.arange(part.layers))
+            stacked = keys.reshape(part.repeats, len(period))
             layers = {
-                f"layer_{place}": jax.vmap(blueprint.init)(stacked[:, place]) for place, blueprint in enumerate(period)
+                f"layer_{place}": lax.map(blueprint.init, stacked[:, place]) for place, blueprint in enumerate(period)
             }
             params[f"segment_{number}"] = layers
         return params
@@ -127,7 +127,7 @@ class Stack:
     def __call__(
         self, params: Parameters, x: jax.Array, context: Context, caches: Caches | None = None
     ) -> tuple[jax.Array, Caches | None, Auxiliary]:
-        """`x [batch, time, width]` through every layer: the result, the caches with these tokens, summed auxiliaries."""
+        """`x [batch, time, width]` through every layer → the same, the caches with these tokens, summed auxiliaries."""
         new_caches: Caches = {}
         auxiliary: Auxiliary = {}
         for name, (part, period) in zip(params, zip(self.segments, self.periods, strict=True), strict=True):
@@ -160,7 +160,7 @@ class Stack:
         def stacked(blueprint: Blueprint, repeats: int) -> Any:
             block = blueprint(jax.tree.map(lambda d: None, blueprint.declarations))
             empty = block.init_cache(batch, length, dtype)
-            return jax.tree.map(lambda leaf: jax.numpy.broadcast_to(leaf, (repeats, *leaf.shape)), empty)
+            return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (repeats, *leaf.shape)), empty)
 
         return {
             f"segment_{number}": {
@@ -174,10 +174,10 @@ def _unrolled(body: Callable, x: jax.Array, steps: Any, repeats: int) -> tuple[j
     """What `lax.scan(body, x, steps)` computes, layer by layer, auxiliaries already summed."""
     caches, auxiliary = [], {}
     for index in range(repeats):
-        x, (cache, more) = body(x, jax.tree.map(lambda leaf: leaf[index], steps))
+        x, (cache, more) = body(x, jax.tree.map(lambda leaf, index=index: leaf[index], steps))
         caches.append(cache)
         auxiliary = _added(auxiliary, more)
-    return x, (jax.tree.map(lambda *leaves: jax.numpy.stack(leaves), *caches), auxiliary)
+    return x, (jax.tree.map(lambda *leaves: jnp.stack(leaves), *caches), auxiliary)
 
 
 def _added(left: Auxiliary, right: Auxiliary) -> Auxiliary:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
+from jax.flatten_util import ravel_pytree
 
 from efficient_lm.errors import ConfigError
 from efficient_lm.models.context import Context
@@ -28,9 +29,8 @@ def bold(model, key=0):
 
     @jax.jit
     def make(key):
-        leaves, tree = jax.tree.flatten(model.init(key))
-        keys = jax.random.split(jax.random.fold_in(key, 1), len(leaves))
-        return tree.unflatten([x + 0.3 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)])
+        flat, unflatten = ravel_pytree(model.init(key))
+        return unflatten(flat + 0.3 * jax.random.normal(jax.random.fold_in(key, 1), flat.shape))
 
     return make(jax.random.key(key))
 
@@ -49,12 +49,14 @@ def close(got, want, tolerance=1e-5):
 
 
 ENCODINGS = {
-    "rotary": {}, "partial": {"position": {"kind": "rotary", "fraction": 0.5}}, "alibi": {"position": {"kind": "alibi"}},
+    "rotary": {}, "partial": {"position": {"kind": "rotary", "fraction": 0.5}},
+    "alibi": {"position": {"kind": "alibi"}},
     "relative_bias": {"position": {"kind": "relative_bias", "buckets": 8, "max_distance": 16}},
     "none": {"position": {"kind": "none"}}, "learned": {"position": {"kind": "none"}},
 }  # fmt: skip
 REACH = {
-    "full": {}, "window": {"window": 5}, "window_and_kept": {"window": 5, "kept_tokens": 2}, "sinks": {"sink_logit": True},
+    "full": {}, "window": {"window": 5}, "window_and_kept": {"window": 5, "kept_tokens": 2},
+    "sinks": {"sink_logit": True},
     "window_of_one": {"window": 1}, "softcap_and_norm": {"softcap": 3.0, "qk_norm": {"kind": "rmsnorm"}},
 }  # fmt: skip
 CASES = [(encoding, "full") for encoding in ENCODINGS] + [("rotary", reach) for reach in REACH if reach != "full"]
@@ -224,7 +226,7 @@ def test_channel_mixers_equal_their_formula(kind, activation):
 
     x = np.asarray(jax.random.normal(jax.random.key(3), (2, 3, 32)))
     params = jax.tree.map(lambda leaf: np.asarray(leaf[0]), params)
-    got, auxiliary = Blueprint(lambda rngs: inner(32, rngs, Initialization()))(params)(jnp.asarray(x), None)
+    got, auxiliary = Blueprint(lambda: inner(32, Initialization()))(params)(jnp.asarray(x), None)
     functions = {
         "gelu": lambda z: 0.5 * z * (1 + np.vectorize(__import__("math").erf)(z / np.sqrt(2))),
         "gelu_tanh": lambda z: 0.5 * z * (1 + np.tanh(np.sqrt(2 / np.pi) * (z + 0.044715 * z**3))),

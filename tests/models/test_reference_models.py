@@ -33,7 +33,10 @@ SPECS = {
         "blocks": {"layer": {"mixer": attention(kv_heads=2, head_size=16, qk_norm={"kind": "rmsnorm"}), "ffn": GATED}}
     },
     "gemma2": {
-        "blocks": {"local": {"mixer": {**GEMMA_MIXER, "window": 16}, **GEMMA_BLOCK}, "full": {"mixer": GEMMA_MIXER, **GEMMA_BLOCK}},
+        "blocks": {
+            "local": {"mixer": {**GEMMA_MIXER, "window": 16}, **GEMMA_BLOCK},
+            "full": {"mixer": GEMMA_MIXER, **GEMMA_BLOCK},
+        },
         "layout": ["local", "full"], "repeats": 1, "final_norm": GEMMA_NORM, "tied": True,
         "embedding_multiplier": "sqrt_width", "logit_softcap": 30.0,
     },

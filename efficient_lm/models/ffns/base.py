@@ -1,7 +1,7 @@
 """The contract of a channel mixer.
 
-``y, auxiliary = ffn(x, context)`` with `x [batch, time, width]`: each token by itself. `auxiliary` maps names to float32
-scalars; `loss`, where present, is added to the objective, already weighted by the spec.
+``y, auxiliary = ffn(x, context)`` with `x [batch, time, width]`: each token by itself. `auxiliary` maps names to
+float32 scalars; `loss`, where present, is added to the objective, already weighted by the spec.
 """
 
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ class FFNSpec(Choice, role="ffn"):
         """What cannot work in a model of this width: pairs of (key, message)."""
         return iter(())
 
-    def build(self, width: int, rngs: nnx.Rngs, init: Initialization) -> nnx.Module:
+    def build(self, width: int, init: Initialization) -> nnx.Module:
         """The module, called as ``ffn(x, context)``."""
         raise TypeError(f"{type(self).__name__} does not define build")
 

@@ -58,8 +58,8 @@ class DenseSpec(FFNSpec):
         """Hidden units in a model of this width; an `expansion` is rounded to a multiple of 8."""
         return self.hidden or max(8, round(self.expansion * width / 8) * 8)
 
-    def build(self, width: int, rngs: nnx.Rngs, init: Initialization) -> nnx.Module:
-        return Dense(self, width, rngs, init)
+    def build(self, width: int, init: Initialization) -> nnx.Module:
+        return Dense(self, width, init)
 
     def flops_per_token(self, width: int) -> float:
         return 2.0 * width * self.hidden_size(width) * (3 if self.gated else 2)
@@ -116,16 +116,16 @@ class ReGLUSpec(DenseSpec):
 
 
 class Dense(nnx.Module):
-    def __init__(self, spec: DenseSpec, width: int, rngs: nnx.Rngs, init: Initialization):
+    def __init__(self, spec: DenseSpec, width: int, init: Initialization):
         hidden, embed = {"mlp": spec.hidden_size(width)}, {"embed": width}
         self.activation = ACTIVATIONS[spec.nonlinearity]
         self.gated = spec.gated
         if spec.gated:
             # One matmul for both halves: the input is read once.
-            self.gate_up = Linear(embed, {"gate_up": 2, **hidden}, rngs, init=init, bias=spec.bias, batch=1)
+            self.gate_up = Linear(embed, {"gate_up": 2, **hidden}, init=init, bias=spec.bias, batch=1)
         else:
-            self.up = Linear(embed, hidden, rngs, init=init, bias=spec.bias)
-        self.down = Linear(hidden, embed, rngs, init=init, bias=spec.bias, residual=True)
+            self.up = Linear(embed, hidden, init=init, bias=spec.bias)
+        self.down = Linear(hidden, embed, init=init, bias=spec.bias, residual=True)
 
     def __call__(self, x: jax.Array, context: Context) -> tuple[jax.Array, Auxiliary]:
         """`x [batch, time, width]` → the same shape and dtype, and nothing auxiliary."""

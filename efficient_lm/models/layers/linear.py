@@ -22,7 +22,6 @@ class Linear(nnx.Module):
         self,
         inputs: Mapping[str, int],
         outputs: Mapping[str, int],
-        rngs: nnx.Rngs,
         *,
         init: Initialization,
         bias: bool = False,
@@ -34,8 +33,8 @@ class Linear(nnx.Module):
         matrix = (tuple(range(rank_in)), tuple(range(rank_in + batch, rank)))
         start = init.output(fan_in) if residual else init.matrix(fan_in)
         self.input_shape, self.output_shape = tuple(inputs.values()), tuple(outputs.values())
-        self.weight = parameter(rngs, {**inputs, **outputs}, start, decay=True, matrix=matrix)
-        self.bias = parameter(rngs, outputs, ZEROS) if bias else None
+        self.weight = parameter({**inputs, **outputs}, start, decay=True, matrix=matrix)
+        self.bias = parameter(outputs, ZEROS) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """`x [..., *inputs]` → `[..., *outputs]`, same dtype."""

@@ -13,7 +13,7 @@ from efficient_lm.spec import Choice, Positive
 class NormSpec(Choice, role="norm"):
     """A normalisation over the last axis."""
 
-    def build(self, size: int, rngs: nnx.Rngs, axis: str = "embed") -> nnx.Module:
+    def build(self, size: int, axis: str = "embed") -> nnx.Module:
         """The module for a last axis of `size` values, named `axis`."""
         raise TypeError(f"{type(self).__name__} does not define build")
 
@@ -28,8 +28,8 @@ class RMSNormSpec(NormSpec):
     epsilon: Positive = 1e-6
     one_plus: bool = False
 
-    def build(self, size: int, rngs: nnx.Rngs, axis: str = "embed") -> nnx.Module:
-        return RMSNorm(self, size, rngs, axis)
+    def build(self, size: int, axis: str = "embed") -> nnx.Module:
+        return RMSNorm(self, size, axis)
 
 
 class LayerNormSpec(NormSpec):
@@ -40,14 +40,14 @@ class LayerNormSpec(NormSpec):
     scale: bool = True
     bias: bool = True
 
-    def build(self, size: int, rngs: nnx.Rngs, axis: str = "embed") -> nnx.Module:
-        return LayerNorm(self, size, rngs, axis)
+    def build(self, size: int, axis: str = "embed") -> nnx.Module:
+        return LayerNorm(self, size, axis)
 
 
 class RMSNorm(nnx.Module):
-    def __init__(self, spec: RMSNormSpec, size: int, rngs: nnx.Rngs, axis: str):
+    def __init__(self, spec: RMSNormSpec, size: int, axis: str):
         self.epsilon, self.one_plus = spec.epsilon, spec.one_plus
-        self.scale = parameter(rngs, {axis: size}, ZEROS if spec.one_plus else ONES)
+        self.scale = parameter({axis: size}, ZEROS if spec.one_plus else ONES)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """`x [..., size]` → the same shape and dtype."""
@@ -58,10 +58,10 @@ class RMSNorm(nnx.Module):
 
 
 class LayerNorm(nnx.Module):
-    def __init__(self, spec: LayerNormSpec, size: int, rngs: nnx.Rngs, axis: str):
+    def __init__(self, spec: LayerNormSpec, size: int, axis: str):
         self.epsilon = spec.epsilon
-        self.scale = parameter(rngs, {axis: size}, ONES) if spec.scale else None
-        self.bias = parameter(rngs, {axis: size}, ZEROS) if spec.bias else None
+        self.scale = parameter({axis: size}, ONES) if spec.scale else None
+        self.bias = parameter({axis: size}, ZEROS) if spec.bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """`x [..., size]` → the same shape and dtype."""

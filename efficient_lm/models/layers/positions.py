@@ -80,7 +80,7 @@ class YarnScalingSpec(RopeScalingSpec):
 class PositionSpec(Choice, role="position"):
     """A position encoding of attention."""
 
-    def build(self, heads: int, head_size: int, rngs: nnx.Rngs) -> "Position":
+    def build(self, heads: int, head_size: int) -> "Position":
         """The module for `heads` query heads of `head_size`."""
         return Position()
 
@@ -105,7 +105,7 @@ class RotarySpec(PositionSpec):
     fraction: Fraction = 1.0
     scaling: OneOf[RopeScalingSpec] | None = None
 
-    def build(self, heads: int, head_size: int, rngs: nnx.Rngs) -> "Position":
+    def build(self, heads: int, head_size: int) -> "Position":
         return Rotary(self, head_size)
 
 
@@ -114,7 +114,7 @@ class AlibiSpec(PositionSpec):
 
     kind: Literal["alibi"] = "alibi"
 
-    def build(self, heads: int, head_size: int, rngs: nnx.Rngs) -> "Position":
+    def build(self, heads: int, head_size: int) -> "Position":
         return Alibi(heads)
 
 
@@ -128,19 +128,19 @@ class RelativeBiasSpec(PositionSpec):
     buckets: Count = 32
     max_distance: Count = 128
 
-    def build(self, heads: int, head_size: int, rngs: nnx.Rngs) -> "Position":
-        return RelativeBias(self, heads, rngs)
+    def build(self, heads: int, head_size: int) -> "Position":
+        return RelativeBias(self, heads)
 
 
 class Position(nnx.Module):
     """The encoding that does nothing, and the interface of those that do something."""
 
     def rotate(self, x: jax.Array, positions: jax.Array) -> jax.Array:
-        """Turn queries or keys: `x [batch, time, heads, head_size]` at `positions [batch, time]`, same shape and dtype."""
+        """Turn queries or keys `x [batch, time, heads, head_size]` at `positions [batch, time]`."""
         return x
 
     def bias(self, queries: jax.Array, keys: jax.Array) -> jax.Array | None:
-        """Added to the logits: float32 ``[batch, heads, time, keys]`` from positions `[batch, time]` and `[batch, keys]`."""
+        """Added to the logits: ``[batch, heads, time, keys]``, of positions `[batch, time]` and `[batch, keys]`."""
         return None
 
 
@@ -181,9 +181,9 @@ def _alibi_slopes(heads: int) -> list[float]:
 
 
 class RelativeBias(Position):
-    def __init__(self, spec: RelativeBiasSpec, heads: int, rngs: nnx.Rngs):
+    def __init__(self, spec: RelativeBiasSpec, heads: int):
         self.buckets, self.max_distance = spec.buckets, spec.max_distance
-        self.table = parameter(rngs, {"buckets": spec.buckets, "heads": heads}, Initializer("normal", 0.02))
+        self.table = parameter({"buckets": spec.buckets, "heads": heads}, Initializer("normal", 0.02))
 
     def bias(self, queries: jax.Array, keys: jax.Array) -> jax.Array:
         distance = jnp.maximum(queries[:, :, None] - keys[:, None, :], 0)

@@ -72,8 +72,8 @@ class AttentionSpec(MixerSpec):
         """Values per head in a model of this width."""
         return self.head_size or width // self.heads
 
-    def build(self, width: int, rngs: nnx.Rngs, init: Initialization) -> nnx.Module:
-        return Attention(self, width, rngs, init)
+    def build(self, width: int, init: Initialization) -> nnx.Module:
+        return Attention(self, width, init)
 
     def flops_per_token(self, width: int, context_length: int) -> float:
         size, kv_heads = self.size_per_head(width), self.kv_heads or self.heads
@@ -94,18 +94,18 @@ def _divisors(number: int, near: int) -> str:
 
 
 class Attention(nnx.Module):
-    def __init__(self, spec: AttentionSpec, width: int, rngs: nnx.Rngs, init: Initialization):
+    def __init__(self, spec: AttentionSpec, width: int, init: Initialization):
         self.spec, self.size = spec, spec.size_per_head(width)
         self.kv_heads = spec.kv_heads or spec.heads
         embed, heads = {"embed": width}, {"heads": spec.heads, "head_dim": self.size}
         pair = {"key_value": 2, "kv_heads": self.kv_heads, "head_dim": self.size}
-        self.query = Linear(embed, heads, rngs, init=init, bias=spec.bias)
-        self.key_value = Linear(embed, pair, rngs, init=init, bias=spec.bias, batch=1)
-        self.output = Linear(heads, embed, rngs, init=init, bias=spec.output_bias, residual=True)
-        self.query_norm = spec.qk_norm and spec.qk_norm.build(self.size, rngs, "head_dim")
-        self.key_norm = spec.qk_norm and spec.qk_norm.build(self.size, rngs, "head_dim")
-        self.sinks = parameter(rngs, {"heads": spec.heads}, ZEROS) if spec.sink_logit else None
-        self.position = spec.position.build(spec.heads, self.size, rngs)
+        self.query = Linear(embed, heads, init=init, bias=spec.bias)
+        self.key_value = Linear(embed, pair, init=init, bias=spec.bias, batch=1)
+        self.output = Linear(heads, embed, init=init, bias=spec.output_bias, residual=True)
+        self.query_norm = spec.qk_norm and spec.qk_norm.build(self.size, "head_dim")
+        self.key_norm = spec.qk_norm and spec.qk_norm.build(self.size, "head_dim")
+        self.sinks = parameter({"heads": spec.heads}, ZEROS) if spec.sink_logit else None
+        self.position = spec.position.build(spec.heads, self.size)
 
     def __call__(self, x: jax.Array, context: Context, cache: Cache | None = None) -> tuple[jax.Array, Cache | None]:
         """`x [batch, time, width]` → the same shape and dtype, and the cache with these tokens added."""

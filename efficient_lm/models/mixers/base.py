@@ -24,7 +24,7 @@ class MixerSpec(Choice, role="mixer"):
         """What cannot work in a model of this width: pairs of (key, message)."""
         return iter(())
 
-    def build(self, width: int, rngs: nnx.Rngs, init: Initialization) -> nnx.Module:
+    def build(self, width: int, init: Initialization) -> nnx.Module:
         """The module, with methods ``__call__(x, context, cache)`` and ``init_cache(batch, length, dtype)``."""
         raise TypeError(f"{type(self).__name__} does not define build")
 

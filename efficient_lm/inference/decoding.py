@@ -1,0 +1,127 @@
+"""Cached decoding of a batch of prompts of unequal length."""
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from efficient_lm.inference.sampling import SamplingSpec, sample
+from efficient_lm.models.context import Context
+from efficient_lm.models.language_model import LanguageModel
+from efficient_lm.models.parameters import Parameters
+from efficient_lm.models.stack import Caches
+
+BUCKET = 64
+"""Prompt and cache lengths are rounded up to multiples of this, so that few shapes are compiled."""
+
+
+class Decoder:
+    """Generates with one model; compiled programs are kept between calls.
+
+    Args:
+        dtype: of the computation and of the cache.
+    """
+
+    def __init__(self, model: LanguageModel, params: Parameters, dtype: jax.typing.DTypeLike = jnp.float32):
+        self.model, self.params, self.dtype = model, params, dtype
+        self._prefill = jax.jit(self._first, static_argnames=("length", "sampling"))
+        self._step = jax.jit(self._next, static_argnames="sampling", donate_argnames="caches")
+
+    def stream(
+        self,
+        prompts: Sequence[np.ndarray],
+        max_new_tokens: int,
+        sampling: SamplingSpec,
+        seed: int = 0,
+        end: int | None = None,
+    ) -> Iterator[np.ndarray]:
+        """Yield int32 ``[batch]``, one token for each prompt, until all have ended or `max_new_tokens` are made.
+
+        Args:
+            prompts: int32 ids, at least one token each.
+            seed: of the sampling; a row's tokens depend on it and on the row's place in the batch.
+            end: id that ends a row; from there on the row yields it again.
+
+        Raises:
+            ConfigError: prompt and new tokens together are longer than the model's table of positions.
+        """
+        longest = max(len(prompt) for prompt in prompts)
+        self.model.check_length(longest + max_new_tokens, "prompt + max_new_tokens")
+        tokens, context = _left_padded(prompts, _rounded(longest))
+        keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(jnp.arange(len(prompts)))
+        length = _rounded(longest + max_new_tokens)
+        token, position, caches = self._prefill(self.params, tokens, context, keys, length=length, sampling=sampling)
+        ended = np.zeros(len(prompts), bool)
+        for index in range(1, max_new_tokens + 1):
+            # The next step is dispatched before this one's token is read, so that the device does not wait for us.
+            ahead = index < max_new_tokens
+            following = (
+                self._step(self.params, token, position, keys, caches=caches, sampling=sampling) if ahead else None
+            )
+            chosen = np.asarray(token)
+            if end is not None:
+                chosen = np.where(ended, end, chosen)
+                ended |= chosen == end
+            yield chosen
+            if following is None or (end is not None and ended.all()):
+                return
+            token, position, caches = following
+
+    def _first(
+        self,
+        params: Parameters,
+        tokens: jax.Array,
+        context: Context,
+        keys: jax.Array,
+        length: int,
+        sampling: SamplingSpec,
+    ) -> tuple[jax.Array, jax.Array, Caches]:
+        caches = self.model.init_caches(tokens.shape[0], length, self.dtype)
+        return self._choose(params, tokens, context, keys, caches, sampling)
+
+    def _next(
+        self,
+        params: Parameters,
+        token: jax.Array,
+        position: jax.Array,
+        keys: jax.Array,
+        caches: Caches,
+        sampling: SamplingSpec,
+    ) -> tuple[jax.Array, jax.Array, Caches]:
+        context = Context(position[:, None], jnp.ones_like(position)[:, None], "decode")
+        return self._choose(params, token[:, None], context, keys, caches, sampling)
+
+    def _choose(
+        self,
+        params: Parameters,
+        tokens: jax.Array,
+        context: Context,
+        keys: jax.Array,
+        caches: Caches,
+        sampling: SamplingSpec,
+    ) -> tuple[jax.Array, jax.Array, Caches]:
+        hidden, caches, _ = self.model.hidden(params, tokens, context, caches, dtype=self.dtype)
+        logits = self.model.logits_from(params, hidden[:, -1])
+        position = context.positions[:, -1] + 1
+        return sample(logits, jax.vmap(jax.random.fold_in)(keys, position), sampling), position, caches
+
+
+def _rounded(length: int) -> int:
+    return -(-length // BUCKET) * BUCKET
+
+
+def _left_padded(prompts: Sequence[np.ndarray], length: int) -> tuple[jax.Array, Context]:
+    """Prompts that all end in the last column, so that one column holds every row's next-token logits."""
+    shape = (len(prompts), length)
+    arrays: dict[str, Any] = {name: np.zeros(shape, np.int32) for name in ("tokens", "positions", "segments")}
+    for row, prompt in enumerate(prompts):
+        first = length - len(prompt)
+        arrays["tokens"][row, first:] = prompt
+        arrays["positions"][row, first:] = np.arange(len(prompt))
+        arrays["segments"][row, first:] = 1
+    return jnp.asarray(arrays["tokens"]), Context(
+        jnp.asarray(arrays["positions"]), jnp.asarray(arrays["segments"]), "prefill"
+    )

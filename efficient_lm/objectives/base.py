@@ -1,0 +1,46 @@
+"""The contract of an objective: sums and counts, never means.
+
+The one division happens in the training step, after accumulation over micro-batches and across devices, so that a mean
+over tokens is the same however a batch is cut.
+"""
+
+from typing import NamedTuple
+
+import jax
+
+from efficient_lm.models.context import Context
+from efficient_lm.models.language_model import LanguageModel
+from efficient_lm.models.parameters import Parameters
+from efficient_lm.spec import Choice
+
+Batch = dict[str, jax.Array]
+"""`tokens`, `targets`, `segment_ids`, `positions` int32 and `weights` float32, each ``[batch, time]``."""
+
+
+class Sums(NamedTuple):
+    """What an objective returns; all float32 scalars.
+
+    Attributes:
+        loss: what is differentiated, summed over weighted tokens.
+        weight: what `loss` and every metric are divided by in the end.
+        metrics: other sums, by name; `cross_entropy` is always among them.
+    """
+
+    loss: jax.Array
+    weight: jax.Array
+    metrics: dict[str, jax.Array]
+
+
+class ObjectiveSpec(Choice, role="objective"):
+    """A training objective."""
+
+    def sums(
+        self, model: LanguageModel, params: Parameters, batch: Batch, dtype: jax.typing.DTypeLike, packed: bool = True
+    ) -> Sums:
+        """Loss and counts of one (micro-)batch, computed in `dtype`; `packed` False promises whole-row documents."""
+        raise TypeError(f"{type(self).__name__} does not define sums")
+
+
+def context_of(batch: Batch, packed: bool = True) -> Context:
+    """The positions and documents of a batch, for a pass without cache."""
+    return Context(batch["positions"], batch["segment_ids"], "train", packed)

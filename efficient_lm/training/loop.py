@@ -1,0 +1,264 @@
+"""The training loop. `train` reads from top to bottom."""
+
+import logging
+import math
+import signal
+import time
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any
+
+import jax
+import numpy as np
+
+from efficient_lm.config import RunConfig, read_config, save_config
+from efficient_lm.errors import CheckpointError, DivergedError
+from efficient_lm.evaluation.bits_per_byte import evaluate
+from efficient_lm.models.parameters import count_parameters
+from efficient_lm.training.checkpoints import Checkpoints
+from efficient_lm.training.reporting import Console, MetricsFile, plot_loss, write_json_atomically
+from efficient_lm.training.run_directory import RunDirectory, differences
+from efficient_lm.training.setup import Setup, prepare
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Progress:
+    """Where a run stands, on the host.
+
+    Attributes:
+        step: optimizer steps done.
+        tokens: tokens that counted in the loss so far.
+        seconds: wall time of training so far, over all sessions.
+    """
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    last_validation: dict[str, float] = field(default_factory=dict)
+
+
+def train(config: RunConfig) -> dict[str, Any]:
+    """Train from a config, or go on from the newest checkpoint of its run directory.
+
+    Returns:
+        What `summary.json` holds. `stopped_by` is there only if a signal ended the run early (it is then resumable).
+
+    Raises:
+        ConfigError, DataError: before anything is written.
+        CheckpointError: the run directory is in use, damaged or of another architecture.
+        DivergedError: too many steps in a row that were not a number; everything up to there is saved.
+        ResourceError: the disk is full; the newest good checkpoint stays.
+    """
+    setup = prepare(config)
+    config, steps = setup.config, setup.config.train.steps
+    with RunDirectory(config.run.dir) as run, Interruption() as interruption:
+        checkpoints = Checkpoints(run.checkpoints, config.train.keep_checkpoints)
+        state, progress = _resume_or_start(setup, run, checkpoints)
+        session = _Session(setup, run, checkpoints, progress)
+        try:
+            batches = setup.data.train_batches(config.train.batch_size, start_step=progress.step)
+            waiting = None
+            while progress.step < steps and not interruption.signal and not session.out_of_time():
+                state, metrics = setup.step(state, setup.layout.batch(_trained_on(next(batches))))
+                # Metrics are read one step late, so that the device is never idle while the host looks at them.
+                session.report(waiting)
+                progress.step += 1
+                waiting = (progress.step, metrics)
+                evaluating, saving = (
+                    session.due(config.train.evaluate_every),
+                    session.due(config.train.checkpoint_every),
+                )
+                if evaluating or saving:
+                    session.report(waiting)
+                    waiting = None
+                if evaluating:
+                    session.validate(state, config.train.evaluate_rows)
+                if saving:
+                    session.save(state)
+            session.report(waiting)
+            session.save(state)
+            if progress.step >= steps:
+                session.validate(state)
+            return session.finish(interruption.signal)
+        except DivergedError:
+            session.save(state)
+            raise
+        finally:
+            session.close()
+
+
+def _resume_or_start(setup: Setup, run: RunDirectory, checkpoints: Checkpoints) -> tuple[dict[str, Any], Progress]:
+    """The newest good checkpoint's state, or a fresh one; `config.yaml` and the tokenizer are written."""
+    wanted = setup.config.dump()
+    if checkpoints.steps and run.config.is_file():
+        changes = differences(read_config(run.config).dump(), wanted)
+        breaking = [
+            line for line in changes if line.startswith(("model.", "tokenizer.")) and not line.startswith("model.remat")
+        ]
+        if breaking:
+            raise CheckpointError(
+                f"{run.path}: holds a run of another architecture ({'; '.join(breaking[:3])}); choose another run.name"
+            )
+        for line in changes:
+            log.warning("going on with a changed config: %s", line)
+    abstract = setup.abstract_state()
+    found = checkpoints.restore({"parameters": abstract.pop("parameters"), "optimizer": abstract})
+    save_config(run.config, setup.config)
+    setup.tokenizer.save(run.tokenizer)
+    if found is None:
+        return setup.fresh_state(), Progress()
+    items, record = found
+    if record["tokenizer"] != setup.tokenizer.fingerprint:
+        raise CheckpointError(f"{run.path}: was trained with another tokenizer; choose another run.name")
+    log.warning("resuming %s from step %d", run.path, record["step"])
+    return {"parameters": items["parameters"], **items["optimizer"]}, Progress(
+        record["step"], record["tokens"], record["seconds"]
+    )
+
+
+def _trained_on(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {name: array for name, array in batch.items() if name != "target_bytes"}
+
+
+class _Session:
+    """What one process does for a run besides stepping: rows, evaluations, checkpoints."""
+
+    def __init__(self, setup: Setup, run: RunDirectory, checkpoints: Checkpoints, progress: Progress):
+        self.setup, self.run, self.checkpoints, self.progress = setup, run, checkpoints, progress
+        config = setup.config
+        self.console = Console(config.train.steps, progress.step)
+        self.metrics = MetricsFile(run.path)
+        self.metrics.resume(progress.step)
+        self.tracker = config.tracker.start(run.path, config.run.name, config.dump(), progress.step)
+        self.began = self.logged_at = time.monotonic()
+        self.seconds_before, self.logged_tokens = progress.seconds, progress.tokens
+
+    def due(self, interval: int | None) -> bool:
+        """Whether an interval ends with the step just done. The last step has its own evaluation and checkpoint."""
+        step = self.progress.step
+        return interval is not None and step % interval == 0 and step < self.setup.config.train.steps
+
+    def out_of_time(self) -> bool:
+        """Whether `train.minutes` are over."""
+        minutes = self.setup.config.train.minutes
+        return minutes is not None and time.monotonic() - self.began > 60 * minutes
+
+    def report(self, waiting: tuple[int, dict[str, jax.Array]] | None) -> None:
+        """Read a step's metrics, log a row if one is due, and stop a run that has diverged."""
+        if waiting is None:
+            return
+        step, metrics = waiting
+        values = {name: float(value) for name, value in metrics.items()}
+        self.progress.tokens += int(values.pop("weight"))
+        bad = int(values.pop("nonfinite"))
+        train = self.setup.config.train
+        if step % train.log_every == 0 or step in (1, train.steps) or bad:
+            now = time.monotonic()
+            speed = (self.progress.tokens - self.logged_tokens) / max(now - self.logged_at, 1e-9)
+            self.logged_at, self.logged_tokens = now, self.progress.tokens
+            self._write(
+                {
+                    "step": step,
+                    "tokens": self.progress.tokens,
+                    **values,
+                    "learning_rate": float(self.setup.schedule(step - 1)),
+                    "tokens_per_second": speed,
+                    "seconds": self._seconds(),
+                    **({"nonfinite_steps": bad} if bad else {}),
+                }
+            )
+        if bad >= train.max_nonfinite:
+            raise DivergedError(
+                f"the loss was not a number for {bad} steps in a row, up to step {step}; the parameters from before are "
+                f"kept in {self.run.checkpoints}. Try a lower optimizer.learning_rate or train.clip_norm"
+            )
+
+    def validate(self, state: dict[str, Any], rows: int | None = None) -> None:
+        """Score held-out text, the first `rows` rows or all of it, and log the result."""
+        if not self.setup.data.summary()["validation_documents"]:
+            return
+        batches = self.setup.data.validation_batches(self.setup.config.train.batch_size, limit_rows=rows)
+        scores = evaluate(self.setup.scorer, state["parameters"], batches, self.setup.layout.batch)
+        self.progress.last_validation = {f"val_{name}": scores[name] for name in ("loss", "bits_per_byte")}
+        self._write({"step": self.progress.step, "tokens": self.progress.tokens, **self.progress.last_validation})
+        self.logged_at = time.monotonic()
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Begin a checkpoint of this step."""
+        rest = {name: value for name, value in state.items() if name != "parameters"}
+        record = {
+            "step": self.progress.step,
+            "tokens": self.progress.tokens,
+            "seconds": self._seconds(),
+            "seed": self.setup.config.run.seed,
+            "tokenizer": self.setup.tokenizer.fingerprint,
+        }
+        self.checkpoints.save(self.progress.step, {"parameters": state["parameters"], "optimizer": rest}, record)
+
+    def finish(self, stopped_by: int) -> dict[str, Any]:
+        """Write the summary and the plot of what was reached."""
+        self.checkpoints.wait()
+        config, context = self.setup.config, self.setup.config.train.sequence_length
+        summary = {
+            "run": str(self.run.path),
+            "step": self.progress.step,
+            "tokens": self.progress.tokens,
+            "seconds": self._seconds(),
+            "parameters": count_parameters(self.setup.model.declarations),
+            "training_flops": 3 * self.setup.model.flops_per_token(context) * self.progress.tokens,
+            **self.progress.last_validation,
+        }
+        if stopped_by:
+            summary["stopped_by"] = signal.Signals(stopped_by).name
+        elif self.progress.step < config.train.steps:
+            summary["stopped_by"] = "train.minutes"
+        write_json_atomically(self.run.summary, summary)
+        plot_loss(self.run.path)
+        self.tracker.finish(summary)
+        return summary
+
+    def close(self) -> None:
+        """Stop the bar and wait for the disk."""
+        self.console.close()
+        self.metrics.close()
+        self.checkpoints.close()
+
+    def _write(self, row: dict[str, Any]) -> None:
+        row = {
+            name: value if not isinstance(value, float) or math.isfinite(value) else None for name, value in row.items()
+        }
+        self.metrics.append(row)
+        self.console.show(row)
+        self.tracker.log(row, row["step"])
+
+    def _seconds(self) -> float:
+        return self.seconds_before + time.monotonic() - self.began
+
+
+class Interruption:
+    """Turns the first SIGINT or SIGTERM into a request to save and stop; a second one ends the process at once."""
+
+    signals = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self) -> None:
+        self.signal = 0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "Interruption":
+        try:
+            self._before = {number: signal.signal(number, self._request) for number in self.signals}
+        except ValueError:
+            # Only the main thread may set handlers; elsewhere the caller decides when to stop.
+            self._before = {}
+        return self
+
+    def _request(self, number: int, frame: FrameType | None) -> None:
+        self.signal = number
+        self.__exit__()
+        log.warning("%s: saving and stopping; once more to stop at once", signal.Signals(number).name)
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)

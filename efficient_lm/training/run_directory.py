@@ -1,0 +1,78 @@
+"""A run's folder: where its files are, who may write to it, and whether it can go on."""
+
+import fcntl
+import os
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from efficient_lm.errors import CheckpointError, ResourceError
+from efficient_lm.training.checkpoints import is_disk_full
+
+
+class RunDirectory:
+    """The folder of a run, locked while the `with` block runs.
+
+    Raises:
+        CheckpointError: another process is writing to it.
+        ResourceError: it cannot be made or written.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self._lock: int | None = None
+
+    @property
+    def config(self) -> Path:
+        """The composed config."""
+        return self.path / "config.yaml"
+
+    @property
+    def checkpoints(self) -> Path:
+        """One folder per saved step."""
+        return self.path / "checkpoints"
+
+    @property
+    def tokenizer(self) -> Path:
+        """The tokenizer's files."""
+        return self.path / "tokenizer"
+
+    @property
+    def summary(self) -> Path:
+        """Final metrics."""
+        return self.path / "summary.json"
+
+    def __enter__(self) -> "RunDirectory":
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            reason = "the disk is full" if is_disk_full(error) else error.strerror
+            raise ResourceError(f"run.dir: cannot write to {self.path}: {reason}") from error
+        try:
+            # The kernel drops the lock when the process ends, however it ends: nothing to clean up after a crash.
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(self._lock)
+            raise CheckpointError(
+                f"run.dir: {self.path} is in use by another run; wait for it, or choose another run.name or run.dir"
+            ) from None
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+
+
+def differences(saved: Any, wanted: Any, path: str = "") -> list[str]:
+    """Dotted keys at which two plain configs differ, as ``key: saved → wanted``."""
+    if isinstance(saved, dict) and isinstance(wanted, dict):
+        names = sorted(set(saved) | set(wanted))
+        return [
+            line
+            for name in names
+            for line in differences(saved.get(name), wanted.get(name), f"{path}.{name}".lstrip("."))
+        ]
+    return [] if saved == wanted else [f"{path}: {saved} → {wanted}"]

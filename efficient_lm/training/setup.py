@@ -1,0 +1,94 @@
+"""From a config to everything a run needs, before anything is written: every fault of config or data shows up here."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import jax
+import optax
+
+from efficient_lm.config import RunConfig
+from efficient_lm.data.dataset import Data
+from efficient_lm.data.tokenizers import Tokenizer
+from efficient_lm.errors import ConfigError
+from efficient_lm.evaluation.bits_per_byte import make_scorer
+from efficient_lm.models.language_model import LanguageModel
+from efficient_lm.models.parameters import decay_mask
+from efficient_lm.training.parallelism import Layout
+from efficient_lm.training.step import abstract_state, initial_state, make_step, state_shardings
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A run's parts, and its compiled functions, made when first asked for."""
+
+    config: RunConfig
+    tokenizer: Tokenizer
+    data: Data
+    layout: Layout
+    model: LanguageModel
+    schedule: Callable[[Any], Any]
+    optimizer: optax.GradientTransformation
+
+    @cached_property
+    def step(self) -> Callable:
+        """The jitted training step ``(state, batch) -> (state, metrics)``; the state is donated."""
+        train = self.config.train
+        step = make_step(
+            self.model,
+            self.config.objective,
+            self.optimizer,
+            accumulate=train.accumulate,
+            clip_norm=train.clip_norm,
+            dtype=self.config.precision.dtype,
+        )
+        shardings = state_shardings(self.model, self.optimizer, self.layout)
+        return jax.jit(step, donate_argnums=0, out_shardings=(shardings, self.layout.replicated))
+
+    @cached_property
+    def scorer(self) -> Callable:
+        """The jitted evaluation of a batch."""
+        return make_scorer(self.model, self.config.precision.dtype)
+
+    def fresh_state(self) -> dict[str, Any]:
+        """Parameters from the seed, born on the devices that keep them."""
+        shardings = state_shardings(self.model, self.optimizer, self.layout)
+        init = jax.jit(lambda key: initial_state(self.model, self.optimizer, key), out_shardings=shardings)
+        return init(jax.random.key(self.config.run.seed))
+
+    def abstract_state(self) -> dict[str, Any]:
+        """Shapes, dtypes and shardings of the state."""
+        return abstract_state(self.model, self.optimizer, self.layout)
+
+
+def with_vocabulary(config: RunConfig, tokenizer: Tokenizer) -> RunConfig:
+    """The config with `model.vocab_size` known. Raises `ConfigError` if it is smaller than the tokenizer's."""
+    size = config.model.vocab_size
+    if size is not None and size < tokenizer.vocab_size:
+        raise ConfigError(
+            f"model.vocab_size: {size} is smaller than the tokenizer's {tokenizer.vocab_size}; "
+            f"use null for the tokenizer's size, or at least {tokenizer.vocab_size}"
+        )
+    model = config.model.model_copy(update={"vocab_size": size or tokenizer.vocab_size})
+    return config.model_copy(update={"model": model})
+
+
+def prepare(config: RunConfig) -> Setup:
+    """Open tokenizer and data, define model and optimizer; nothing is written and no array is allocated.
+
+    Raises:
+        ConfigError: parts of the config that do not fit each other.
+        DataError: a tokenizer or text file that cannot be used.
+    """
+    train = config.train
+    layout = config.parallelism.build()
+    layout.check_batch(train.batch_size, train.accumulate)
+    tokenizer = config.tokenizer.build()
+    config = with_vocabulary(config, tokenizer)
+    model = config.model.build()
+    model.check_length(train.sequence_length, "train.sequence_length")
+    data = config.data.open(tokenizer, train.sequence_length, config.run.seed)
+    schedule = config.schedule.build(config.optimizer.learning_rate, train.steps)
+    optimizer = config.optimizer.build(schedule, decay_mask(model.declarations))
+    return Setup(config, tokenizer, data, layout, model, schedule, optimizer)

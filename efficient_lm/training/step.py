@@ -1,0 +1,125 @@
+"""The training step: loss, gradients, one division, clipping, update, and a guard against what is not a number."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from efficient_lm.models.language_model import LanguageModel
+from efficient_lm.models.parameters import Parameters
+from efficient_lm.objectives.base import Batch, ObjectiveSpec, Sums
+from efficient_lm.training.parallelism import Layout
+
+State = dict[str, Any]
+"""`parameters`, `optimizer` (Optax state), and int32 scalars `step` and `nonfinite` (steps in a row)."""
+
+
+def initial_state(model: LanguageModel, optimizer: optax.GradientTransformation, key: jax.Array) -> State:
+    """Fresh parameters and optimizer state, at step 0."""
+    params = model.init(key)
+    zero = jnp.zeros((), jnp.int32)
+    return {"parameters": params, "optimizer": optimizer.init(params), "step": zero, "nonfinite": zero}
+
+
+def state_shardings(model: LanguageModel, optimizer: optax.GradientTransformation, layout: Layout) -> State:
+    """The sharding of every array of the state; each moment lives where its parameter does."""
+    parameters = layout.parameters(model.declarations)
+    abstract = jax.eval_shape(model.init, jax.random.key(0))
+    moments = optax.tree_map_params(
+        optimizer,
+        lambda _, sharding: sharding,
+        jax.eval_shape(optimizer.init, abstract),
+        parameters,
+        transform_non_params=lambda _: layout.replicated,
+    )
+    return {
+        "parameters": parameters,
+        "optimizer": moments,
+        "step": layout.replicated,
+        "nonfinite": layout.replicated,
+    }
+
+
+def abstract_state(model: LanguageModel, optimizer: optax.GradientTransformation, layout: Layout) -> State:
+    """Shape, dtype and sharding of every array of the state; nothing is allocated."""
+    shapes = jax.eval_shape(lambda: initial_state(model, optimizer, jax.random.key(0)))
+    shardings = state_shardings(model, optimizer, layout)
+    return jax.tree.map(
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), shapes, shardings
+    )
+
+
+def make_step(
+    model: LanguageModel,
+    objective: ObjectiveSpec,
+    optimizer: optax.GradientTransformation,
+    *,
+    accumulate: int = 1,
+    clip_norm: float | None = None,
+    dtype: jax.typing.DTypeLike = jnp.float32,
+    packed: bool = True,
+) -> Callable[[State, Batch], tuple[State, dict[str, jax.Array]]]:
+    """A function ``(state, batch) -> (state, metrics)``, to be jitted with the state donated.
+
+    Args:
+        accumulate: micro-batches a batch is cut into; sums are added and divided once.
+        clip_norm: bound of the gradient's global L2 norm.
+        dtype: of the computation; parameters, gradients and optimizer state are float32.
+        packed: False promises that every row is one whole document.
+
+    The metrics are float32 scalars: `loss` (cross entropy per token, nats), `weight` (tokens), `grad_norm` before
+    clipping, `finite`, `nonfinite` (steps in a row), and the objective's own per token.
+    """
+
+    def loss(params: Parameters, batch: Batch) -> tuple[jax.Array, Sums]:
+        sums = objective.sums(model, params, batch, dtype, packed)
+        return sums.loss, sums
+
+    gradient = jax.grad(loss, has_aux=True)
+
+    def step(state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
+        params = state["parameters"]
+        grads, sums = gradient(params, batch) if accumulate == 1 else _accumulated(gradient, params, batch, accumulate)
+        count = jnp.maximum(sums.weight, 1.0)
+        norm = optax.tree.norm(grads) / count
+        finite = jnp.isfinite(sums.loss) & jnp.isfinite(norm)
+        grads = _scaled(grads, _clipping(norm, clip_norm) / count)
+        updates, moments = optimizer.update(grads, state["optimizer"], params)
+        new = {"parameters": optax.apply_updates(params, updates), "optimizer": moments}
+        # A step that is not a number changes nothing but the counters.
+        new = jax.tree.map(
+            lambda after, before: jnp.where(finite, after, before), new, {key: state[key] for key in new}
+        )
+        nonfinite = jnp.where(finite, 0, state["nonfinite"] + 1)
+        metrics = {name: value / count for name, value in sums.metrics.items()}
+        metrics = {"loss": metrics.pop("cross_entropy"), **metrics}
+        metrics |= {"weight": sums.weight, "grad_norm": norm, "nonfinite": nonfinite.astype(jnp.float32)}
+        return {**new, "step": state["step"] + 1, "nonfinite": nonfinite}, metrics
+
+    return step
+
+
+def _clipping(norm: jax.Array, bound: float | None) -> jax.Array | float:
+    return 1.0 if bound is None else jnp.minimum(1.0, bound / jnp.maximum(norm, 1e-12))
+
+
+def _scaled(tree: Any, factor: jax.Array) -> Any:
+    return jax.tree.map(lambda leaf: leaf * factor, tree)
+
+
+def _accumulated(gradient: Callable, params: Parameters, batch: Batch, pieces: int) -> tuple[Any, Sums]:
+    """Gradients and sums over `pieces` micro-batches, one after the other."""
+
+    def cut(leaf: jax.Array) -> jax.Array:
+        # Every piece takes its rows from each device's share, so that none has to travel.
+        return jnp.swapaxes(leaf.reshape(leaf.shape[0] // pieces, pieces, *leaf.shape[1:]), 0, 1)
+
+    def add(total: Any, piece: Batch) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, gradient(params, piece)), None
+
+    pieces_of_batch = jax.tree.map(cut, batch)
+    first = jax.tree.map(lambda leaf: leaf[0], pieces_of_batch)
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(gradient, params, first))
+    return jax.lax.scan(add, zeros, pieces_of_batch)[0]
