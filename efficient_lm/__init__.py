@@ -1,0 +1,20 @@
+"""Efficient language-model architectures in JAX: trained, compared and cut to size, straight from a config.
+
+``load`` opens a run for logits, loss, generation and evaluation; the command line does everything else.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from efficient_lm.api import Model, load
+
+__all__ = ["Model", "load"]
+
+
+def __getattr__(name: str) -> Any:
+    # Imported when first asked for: `import efficient_lm` alone, and with it --help, does not start JAX.
+    if name in __all__:
+        from efficient_lm import api
+
+        return getattr(api, name)
+    raise AttributeError(f"module 'efficient_lm' has no attribute '{name}'")

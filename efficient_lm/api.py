@@ -10,8 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from efficient_lm.config import RunConfig, read_config, save_config
+from efficient_lm.data.dataset import DataSpec, document_batches
+from efficient_lm.data.sources import FilesSource
 from efficient_lm.data.tokenizers import Tokenizer, load_tokenizer
 from efficient_lm.errors import CheckpointError
+from efficient_lm.evaluation.bits_per_byte import evaluate, make_scorer
 from efficient_lm.inference.decoding import Decoder
 from efficient_lm.inference.sampling import SamplingSpec
 from efficient_lm.models.context import Context
@@ -19,6 +22,7 @@ from efficient_lm.models.parameters import Parameters
 from efficient_lm.objectives.base import ObjectiveSpec
 from efficient_lm.training.checkpoints import Checkpoints, load_parameters
 from efficient_lm.training.run_directory import RunDirectory
+from efficient_lm.validation import validate
 
 if TYPE_CHECKING:
     from efficient_lm.models.language_model import LanguageModel
@@ -72,22 +76,32 @@ class Model:
         self,
         prompt: str | Sequence[str],
         max_new_tokens: int = 128,
-        temperature: float = 0.8,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        min_p: float | None = None,
+        sampling: SamplingSpec | None = None,
         seed: int = 0,
         stop_at_end: bool = True,
+        **options: Any,
     ) -> str | list[str]:
-        """The continuation of a prompt, or of each prompt of a list, without the prompt."""
+        """The continuation of a prompt, or of each prompt of a list, without the prompt.
+
+        Args:
+            sampling: how tokens are chosen; or give its attributes, such as ``temperature=0``, as `options`.
+        """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        sampling = SamplingSpec(temperature=float(temperature), top_k=top_k, top_p=top_p, min_p=min_p)
-        made = list(self.stream(prompts, max_new_tokens, sampling, seed, stop_at_end))
-        rows = np.stack(made, axis=1) if made else np.zeros((len(prompts), 0), np.int32)
-        texts = [
-            self.tokenizer.decode(_before(row, self.tokenizer.end_of_text if stop_at_end else None)) for row in rows
-        ]
+        sampling = sampling or validate(SamplingSpec, options)
+        made = np.stack(list(self.stream(prompts, max_new_tokens, sampling, seed, stop_at_end)), axis=1)
+        texts = [self.tokenizer.decode(_before(row, self._end(stop_at_end))) for row in made]
         return texts[0] if isinstance(prompt, str) else texts
+
+    def stream_text(
+        self, prompt: str, max_new_tokens: int, sampling: SamplingSpec, seed: int = 0, stop_at_end: bool = True
+    ) -> Iterator[str]:
+        """The continuation of one prompt in whole characters, as they are made."""
+        stream, end = self.tokenizer.stream(), self._end(stop_at_end)
+        for (token,) in self.stream([prompt], max_new_tokens, sampling, seed, stop_at_end):
+            if token == end:
+                break
+            yield stream.put(int(token))
+        yield stream.end()
 
     def stream(
         self,
@@ -100,8 +114,32 @@ class Model:
         """Token ids ``[batch]`` as they are made; a row that has ended yields end-of-text from there on."""
         start = [self.tokenizer.end_of_text]
         ids = [np.concatenate([start, self.tokenizer.encode(prompt)]).astype(np.int32) for prompt in prompts]
-        end = self.tokenizer.end_of_text if stop_at_end else None
-        return self.decoder.stream(ids, max_new_tokens, sampling, seed, end)
+        return self.decoder.stream(ids, max_new_tokens, sampling, seed, self._end(stop_at_end))
+
+    def _end(self, stop_at_end: bool) -> int | None:
+        return self.tokenizer.end_of_text if stop_at_end else None
+
+    def evaluate(
+        self, data: DataSpec | Sequence[str] | None = None, sequence_length: int | None = None, batch_size: int = 32
+    ) -> dict[str, float]:
+        """Score held-out text: see `efficient_lm.evaluation.bits_per_byte.evaluate`.
+
+        Args:
+            data: data whose validation part is scored, or paths of text files; None takes what the run was trained on.
+            sequence_length: tokens per row; None takes that of training.
+
+        Raises:
+            ConfigError: rows longer than the model's table of positions.
+            DataError: a file that cannot be read, or no text.
+        """
+        length = sequence_length or self.config.train.sequence_length
+        self.model.check_length(length, "sequence_length")
+        if data is None or isinstance(data, DataSpec):
+            opened = (data or self.config.data).open(self.tokenizer, length, self.config.run.seed)
+            batches = opened.validation_batches(batch_size)
+        else:
+            batches = document_batches(FilesSource(paths=tuple(data)), self.tokenizer, length, batch_size)
+        return evaluate(make_scorer(self.model, self.dtype), self.params, batches)
 
     def save(self, path: str | Path) -> Path:
         """Write a run directory: config, tokenizer, parameters. Raises `CheckpointError` if something is there."""

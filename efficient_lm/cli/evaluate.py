@@ -26,4 +26,18 @@ def run(overrides: Sequence[str], options: Options) -> None:
     from efficient_lm.config import EvaluateConfig
     from efficient_lm.validation import validate
 
-    validate(EvaluateConfig, compose(ROOT, overrides, options.config_dirs).values)
+    config = validate(EvaluateConfig, compose(ROOT, overrides, options.config_dirs).values)
+
+    from efficient_lm.api import load
+
+    model = load(config.checkpoint)
+    paths = (config.text,) if isinstance(config.text, str) else config.text
+    scores = model.evaluate(paths or config.data, config.sequence_length, config.batch_size)
+    length = config.sequence_length or model.config.train.sequence_length
+    print(f"{config.checkpoint}, step {model.step}: rows of {length} tokens, documents apart")
+    for name, value in scores.items():
+        print(
+            f"  {name.replace('_', ' '):<14} {value:,}"
+            if isinstance(value, int)
+            else f"  {name.replace('_', ' '):<14} {value:.4f}"
+        )

@@ -1,8 +1,10 @@
 """The verb `generate`."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from efficient_lm.cli.main import Options
+from efficient_lm.errors import DataError
 
 ROOT = "generate"
 SUMMARY = "Writes text with a model."
@@ -24,9 +26,36 @@ Examples
 
 
 def run(overrides: Sequence[str], options: Options) -> None:
-    """Generate as the config that `overrides` compose says."""
+    """Generate as the config that `overrides` compose says: one text streams, several come when all are done."""
     from efficient_lm.composition import compose
     from efficient_lm.config import GenerateConfig
     from efficient_lm.validation import validate
 
-    validate(GenerateConfig, compose(ROOT, overrides, options.config_dirs).values)
+    config = validate(GenerateConfig, compose(ROOT, overrides, options.config_dirs).values)
+    prompts = _prompts(config.prompt, config.prompt_file)
+
+    from efficient_lm.api import load
+    from efficient_lm.inference.sampling import SamplingSpec
+
+    model = load(config.checkpoint)
+    sampling = SamplingSpec(**{name: getattr(config, name) for name in SamplingSpec.model_fields})
+    if len(prompts) > 1:
+        texts = model.generate(prompts, config.max_new_tokens, sampling, config.seed, config.stop_at_end)
+        print("\n\n".join(prompt + text for prompt, text in zip(prompts, texts, strict=True)))
+        return
+    print(prompts[0], end="", flush=True)
+    for piece in model.stream_text(prompts[0], config.max_new_tokens, sampling, config.seed, config.stop_at_end):
+        print(piece, end="", flush=True)
+    print()
+
+
+def _prompts(prompt: str | Sequence[str], path: str | None) -> list[str]:
+    if path is None:
+        return [prompt] if isinstance(prompt, str) else list(prompt)
+    try:
+        prompts = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"prompt_file: cannot read '{path}': {getattr(error, 'strerror', None) or error}") from error
+    if not prompts:
+        raise DataError(f"prompt_file: '{path}' is empty")
+    return prompts

@@ -36,9 +36,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        _run(arguments)
+        status = _run(arguments)
         sys.stdout.flush()
-        return 0
+        return status
     except BrokenPipeError:
         # The reader has seen enough (``| head``); Python would complain once more when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -55,10 +55,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1 if fault is None else fault.status
 
 
-def _run(arguments: list[str]) -> None:
+def _run(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(overview())
-        return
+        return 0
     verb, *rest = arguments
     if verb not in VERBS:
         if verb.startswith("-") or "=" in verb:
@@ -71,7 +71,8 @@ def _run(arguments: list[str]) -> None:
     elif options.cfg:
         _print_config(verb, module, options)
     else:
-        module.run(options.overrides, Options(tuple(options.config_dir)))
+        return module.run(options.overrides, Options(tuple(options.config_dir))) or 0
+    return 0
 
 
 def _parser(verb: str) -> _Parser:

@@ -1,6 +1,8 @@
 """The verb `train`."""
 
+import signal
 from collections.abc import Sequence
+from typing import Any
 
 from efficient_lm.cli.main import Options
 
@@ -21,9 +23,48 @@ Examples
 """
 
 
-def run(overrides: Sequence[str], options: Options) -> None:
-    """Train from the config that `overrides` compose."""
+SAMPLE_PROMPT = "My fellow citizens"
+
+
+def run(overrides: Sequence[str], options: Options) -> int:
+    """Train from the config that `overrides` compose. Returns 128 + the signal's number if one ended the run early."""
     from efficient_lm.config import load_run_config
     from efficient_lm.training.loop import train
 
-    train(load_run_config(overrides, options.config_dirs))
+    summary = train(load_run_config(overrides, options.config_dirs))
+    print(_outcome(summary))
+    stopped_by = summary.get("stopped_by")
+    if stopped_by is None:
+        print(_sample(summary["run"]))
+        print(_next_commands(summary["run"]))
+        return 0
+    print(f"stopped by {stopped_by}; the same command goes on from step {summary['step']}")
+    return 128 + signal.Signals[stopped_by] if stopped_by in signal.Signals.__members__ else 0
+
+
+def _outcome(summary: dict[str, Any]) -> str:
+    minutes, seconds = divmod(round(summary["seconds"]), 60)
+    bits = summary.get("val_bits_per_byte")
+    held_out = f"; {bits:.3f} bits per byte on held-out text" if bits is not None else ""
+    return (
+        f"\n{summary['step']:,} steps, {summary['tokens']:,} tokens, {summary['parameters'] / 1e6:.2f} M parameters, "
+        f"{minutes} min {seconds} s{held_out}\nrun: {summary['run']} (plots/loss.png, metrics.jsonl, summary.json)"
+    )
+
+
+def _sample(run: str) -> str:
+    from efficient_lm.api import load
+
+    text = load(run).generate(SAMPLE_PROMPT, max_new_tokens=60, temperature=0.7, top_p=0.9)
+    return f"\n{SAMPLE_PROMPT} ▸{text}\n"
+
+
+def _next_commands(run: str) -> str:
+    return "\n".join(
+        [
+            "next:",
+            f"  efficient-lm generate checkpoint={run} prompt='The state of the Union is'",
+            f"  efficient-lm evaluate checkpoint={run}",
+            "  efficient-lm train experiment=quickstart run.name=wide model.width=384 mixer.heads=6",
+        ]
+    )
