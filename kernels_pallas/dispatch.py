@@ -1,4 +1,4 @@
-"""How every operator picks an implementation: a named one runs or refuses, `auto` picks one that can run and says which."""
+"""How every operator picks an implementation: a named one runs or refuses, `auto` runs one that can and says which."""
 
 import functools
 import logging

@@ -13,16 +13,21 @@ MOST_BANDS = 8
 
 def take(values: jax.Array, pieces: Sequence[Piece], axis: int) -> jax.Array:
     """The given pieces of `values` along an axis, one after the other."""
-    parts = [jax.lax.dynamic_slice_in_dim(values, start, length, axis) for start, length in pieces]
+    parts = [_cut(values, start, length, axis) for start, length in pieces]
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis)
+
+
+def _cut(values, start, length, axis):
+    if isinstance(start, int):
+        return jax.lax.slice_in_dim(values, start, start + length, axis=axis)
+    return jax.lax.dynamic_slice_in_dim(values, start, length, axis)
 
 
 def add_pieces(total: jax.Array, values: jax.Array, pieces: Sequence[Piece], axis: int) -> jax.Array:
     """Add `values`, laid out as `take` returns them, to the pieces of `total` they belong to."""
     offset = 0
     for start, length in pieces:
-        part = jax.lax.slice_in_dim(values, offset, offset + length, axis=axis)
-        part += jax.lax.dynamic_slice_in_dim(total, start, length, axis)
+        part = _cut(values, offset, length, axis) + _cut(total, start, length, axis)
         total = jax.lax.dynamic_update_slice_in_dim(total, part, start, axis)
         offset += length
     return total

@@ -7,7 +7,7 @@ from kernels_pallas.attention.visibility import Visibility
 
 
 def attention(q, k, v, sinks, bias, visibility: Visibility, *, scale: float, softcap: float | None) -> jax.Array:
-    """q [B,T,H,K], k [B,S,G,K], v [B,S,G,V], sinks [H] or None, bias [1|B,1|H,T,S] or None -> [B,T,H,V] in q's dtype."""
+    """q [B,T,H,K], k [B,S,G,K], v [B,S,G,V], sinks [H] or None, bias [1|B,1|H,T,S] or None -> [B,T,H,V] as q."""
     dtype = jnp.promote_types(q.dtype, jnp.float32)
     repeats = q.shape[2] // k.shape[2]
     keys, values = (jnp.repeat(x.astype(dtype), repeats, axis=2) for x in (k, v))

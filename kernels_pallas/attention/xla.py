@@ -16,6 +16,7 @@ from kernels_pallas.attention.blocks import add_pieces, bands, piece, reach, sca
 from kernels_pallas.attention.visibility import Visibility
 
 _MASKED = -1e30  # finite: a difference of two infinities would be NaN
+_MOST_MERGED_GROUPS = 16  # merging multiplies the arithmetic of decoding by the groups
 _FLOOR = -1e20  # of a row's maximum: exp(_MASKED - _FLOOR) is 0, so a row that sees nothing sums to 0
 
 
@@ -26,8 +27,39 @@ class _Options:
     block: int
 
 
-def attention(q, k, v, sinks, bias, visibility: Visibility, *, scale: float, softcap: float | None, block: int = 64):
-    """q [B,T,H,K], k [B,S,G,K], v [B,S,G,V], sinks [H] or None, bias [1|B,1|H,T,S] or None -> [B,T,H,V] in q's dtype."""
+def attention(q, k, v, sinks, bias, visibility: Visibility, *, scale: float, softcap: float | None, block: int = 0):
+    """q [B,T,H,K], k [B,S,G,K], v [B,S,G,V], sinks [H] or None, bias [1|B,1|H,T,S] or None -> [B,T,H,V] in q's dtype.
+
+    `block` is the queries whose logits exist at one time; 0 takes `default_block`.
+    """
+    options = _Options(scale, softcap, block or default_block(q.shape[1], jax.default_backend()))
+    if q.shape[1] == 1 and 1 < k.shape[2] <= _MOST_MERGED_GROUPS:
+        return _one_query(options, q, k, v, sinks, bias, visibility)
+    return _grouped(options, q, k, v, sinks, bias, visibility)
+
+
+def default_block(time: int, backend: str) -> int:
+    """Queries per block that ran fastest: see `benchmarks/attention.py`. Only CPUs were measured."""
+    if backend != "cpu":
+        return 512
+    return 64 if time <= 1024 else 128
+
+
+def _one_query(options, q, k, v, sinks, bias, visibility):
+    """One query per sequence: its heads, zero outside their own group's columns, meet all groups in a single matmul.
+
+    A matmul per group would first copy the whole cache into another layout; this one reads it once, as it lies.
+    """
+    (batch, keys, groups, width), heads = k.shape, q.shape[2]
+    own = jnp.arange(heads) // (heads // groups)
+    columns = own[:, None, None] == jnp.arange(groups)[:, None]
+    spread = jnp.where(columns, q[..., None, :], 0).reshape(batch, 1, heads, groups * width)
+    flat_k, flat_v = k.reshape(batch, keys, 1, -1), v.reshape(batch, keys, 1, -1)
+    y = _grouped(options, spread, flat_k, flat_v, sinks, bias, visibility).reshape(batch, 1, heads, groups, -1)
+    return jnp.take_along_axis(y, own[None, None, :, None, None], axis=3)[..., 0, :]
+
+
+def _grouped(options, q, k, v, sinks, bias, visibility):
     (batch, time, heads, width), groups = q.shape, k.shape[2]
     members = heads // groups
     dtype = jnp.promote_types(q.dtype, jnp.float32)
@@ -37,7 +69,6 @@ def attention(q, k, v, sinks, bias, visibility: Visibility, *, scale: float, sof
     if bias is not None:
         head_axes = (1, 1) if bias.shape[1] == 1 else (groups, members)
         bias = bias.astype(dtype).reshape(-1, *head_axes, *bias.shape[2:]).swapaxes(2, 3)
-    options = _Options(scale, softcap, block)
     y = _attend(options, rows, k.swapaxes(1, 2), v.swapaxes(1, 2), sinks, bias, visibility)
     return y.swapaxes(1, 2).reshape(batch, time, heads, v.shape[-1])
 
@@ -127,8 +158,9 @@ def _forward_block(options, q, k, v, bias, seen, sinks):
     if sinks is not None:
         total += jnp.exp(sinks - largest)
     total = jnp.where(total == 0, 1, total)
-    y = jnp.einsum("bgtrs,bgsv->bgtrv", weights.astype(v.dtype), v, preferred_element_type=weights.dtype)
-    return (y / total[..., None]).astype(q.dtype), largest + jnp.log(total)
+    y = jnp.einsum("bgms,bgsv->bgmv", _merged(weights.astype(v.dtype)), v, preferred_element_type=weights.dtype)
+    y = y.reshape(*q.shape[:-1], -1) / total[..., None]
+    return y.astype(q.dtype), largest + jnp.log(total)
 
 
 def _backward_block(options, q, k, v, bias, seen, dy, normaliser, delta):
@@ -136,22 +168,29 @@ def _backward_block(options, q, k, v, bias, seen, dy, normaliser, delta):
     dtype = normaliser.dtype
     logits, slope = _logits(options, q, k, bias, seen)
     weights = jnp.exp(logits - normaliser[..., None])
-    dweights = jnp.einsum("bgtrv,bgsv->bgtrs", dy, v, preferred_element_type=dtype)
+    merged_dy = _merged(dy)
+    dweights = jnp.einsum("bgmv,bgsv->bgms", merged_dy, v, preferred_element_type=dtype).reshape(weights.shape)
     dlogits = weights * (dweights - delta[..., None])
-    dproducts = (dlogits * slope).astype(q.dtype)
-    dq = jnp.einsum("bgtrs,bgsk->bgtrk", dproducts, k, preferred_element_type=dtype)
-    dk = jnp.einsum("bgtrs,bgtrk->bgsk", dproducts, q, preferred_element_type=dtype)
-    dv = jnp.einsum("bgtrs,bgtrv->bgsv", weights.astype(dy.dtype), dy, preferred_element_type=dtype)
+    dproducts = _merged((dlogits * slope).astype(q.dtype))
+    dq = jnp.einsum("bgms,bgsk->bgmk", dproducts, k, preferred_element_type=dtype).reshape(q.shape)
+    dk = jnp.einsum("bgms,bgmk->bgsk", dproducts, _merged(q), preferred_element_type=dtype)
+    dv = jnp.einsum("bgms,bgmv->bgsv", _merged(weights.astype(dy.dtype)), merged_dy, preferred_element_type=dtype)
     return dq, dk, dv, dlogits
 
 
 def _logits(options, q, k, bias, seen):
     """Scaled, capped, biased and masked logits [B,G,t,R,s]; and their slope in the products of queries and keys."""
     dtype = jnp.promote_types(q.dtype, jnp.float32)
-    logits, slope = options.scale * jnp.einsum("bgtrk,bgsk->bgtrs", q, k, preferred_element_type=dtype), options.scale
+    products = jnp.einsum("bgmk,bgsk->bgms", _merged(q), k, preferred_element_type=dtype)
+    logits, slope = options.scale * products.reshape(*q.shape[:-1], -1), options.scale
     if options.softcap is not None:
         cap = jnp.tanh(logits / options.softcap)
         logits, slope = options.softcap * cap, options.scale * (1 - cap**2)
     if bias is not None:
         logits += bias
     return logits if seen is None else jnp.where(seen, logits, _MASKED), slope
+
+
+def _merged(x):
+    """[B,G,t,R,n] as [B,G,t*R,n]. XLA copies the other operand of a matmul whose rows are spread over two axes."""
+    return x.reshape(*x.shape[:2], x.shape[2] * x.shape[3], x.shape[4])
