@@ -16,19 +16,13 @@ import yaml
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, OverrideType
-from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
-from omegaconf import Container, DictConfig, ListConfig, OmegaConf
+from hydra.core.override_parser.types import Override
+from hydra.errors import ConfigCompositionException, MissingConfigException
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationKeyError, MissingMandatoryValue, OmegaConfBaseException
 
 from efficient_lm.errors import ConfigError, nearest
-
-PALETTES = ("mixer", "ffn")
-"""Groups that are no section of a run: a model takes them by interpolation, as in ``mixer: ${mixer}``."""
-
-TEXT_KEYS = ("prompt",)
-"""Keys whose value is taken as it is written, so that prose needs no quoting inside the shell's quotes."""
+from efficient_lm.overrides import PALETTES, apply, first_line, has, keys, mentions, parse
 
 
 def builtin_configs() -> Path:
@@ -143,44 +137,24 @@ def compose(verb: str, overrides: Sequence[str] = (), config_dirs: Iterable[str 
     """
     roots = ConfigRoots.of(config_dirs)
     known = roots.groups()
-    parsed = [_parse(text) for text in overrides]
+    parsed = [parse(text) for text in overrides]
     of_groups = [override for override in parsed if override.key_or_group in known]
     of_values = [override for override in parsed if override.key_or_group not in known]
     for override in of_groups:
         _check_choice(override, roots)
     config, choices = _compose_groups(verb, [override.input_line for override in of_groups], roots)
+    composed = _Composition(roots, verb, config, choices, _mentioned(config))
     expanded: set[str] = set()
     # Palettes first: a place that departs from its palette departs from the one the user asked for.
     for override in sorted(of_values, key=lambda override: _top(override) not in PALETTES):
-        _apply(config, override, expanded)
-    touched = _touched_palettes(config, choices, roots, verb, parsed)
-    _check_palettes(config, touched, expanded, choices)
+        apply(config, override, expanded)
+    for palette in set(PALETTES) - expanded - _mentioned(config):
+        composed.refuse_if_set(palette, parsed)
     return Composed(verb, _resolved(config), choices)
 
 
-def _parse(text: str) -> Override:
-    key, equals, value = text.partition("=")
-    if key in TEXT_KEYS and equals and value[:1] not in ("[", "'", '"'):
-        escaped = value.replace("\\", "\\\\").replace("'", "\\'") if value.endswith("\\") else value.replace("'", "\\'")
-        text = f"{key}='{escaped}'"
-    try:
-        override = OverridesParser.create().parse_override(text)
-    except HydraException as error:
-        raise ConfigError(_syntax_fault(text)) from error
-    if override.is_sweep_override():
-        raise ConfigError(
-            f"{text}: several values for one run; a list is written {key}=[a,b], text with commas {key}=\"'a, b'\""
-        )
-    return override
-
-
-def _syntax_fault(text: str) -> str:
-    if "=" not in text and not text.startswith("~"):
-        return f"{text}: not an override: write key=value"
-    return (
-        f"{text}: not a valid override: write key=value, key=[a,b] or key={{a: 1}}; "
-        "quote special characters: key=\"'...'\""
-    )
+def _mentioned(config: DictConfig) -> set[str]:
+    return {palette for palette in PALETTES if mentions(config.get("model"), palette)}
 
 
 def _top(override: Override) -> str:
@@ -213,12 +187,12 @@ def _compose_groups(
             config = hydra_compose(name, overrides, return_hydra_config=True)
     except MissingConfigException as error:
         if error.options is None:
-            raise ConfigError(_first_line(error)) from error
+            raise ConfigError(first_line(error)) from error
         missing = str(error.missing_cfg_file)
         raise ConfigError(f"{missing}: no such config; {nearest(Path(missing).name, error.options)}") from error
     except ConfigCompositionException as error:
         raise ConfigError(
-            ": ".join(filter(None, (_first_line(error), error.__cause__ and _first_line(error.__cause__))))
+            ": ".join(filter(None, (first_line(error), error.__cause__ and first_line(error.__cause__))))
         ) from error
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         raise ConfigError(_yaml_fault(error, "config")) from error
@@ -230,144 +204,84 @@ def _compose_groups(
     return config, choices
 
 
-def _apply(config: DictConfig, override: Override, expanded: set[str]) -> None:
-    """Set, add or delete one value; palettes copied on the way are added to `expanded`."""
-    key, value = override.key_or_group, override.value()
-    names = re.findall(r"[^.\[\]]+", key)
-    parent = _reach(config, names[:-1], expanded, create=not override.is_delete())
-    exists = parent is not None and _has(parent, names[-1])
-    if override.is_delete():
-        if not exists:
-            raise ConfigError(f"~{key}: there is no such key to delete; {nearest(names[-1], _keys(parent))}")
-        del parent[names[-1]]
-        return
-    if override.type is OverrideType.ADD and exists:
-        raise ConfigError(f"+{key}: there is one already; write {key}=...")
-    try:
-        if isinstance(value, dict) and "kind" not in value and exists:
-            target = _reach(config, names, expanded, create=True)
-            target.merge_with(value)
-        else:
-            parent[int(names[-1]) if isinstance(parent, ListConfig) else names[-1]] = value
-    except (OmegaConfBaseException, ValueError, IndexError) as error:
-        raise ConfigError(f"{key}: {_first_line(error)}") from error
+@dataclass(frozen=True)
+class _Composition:
+    """What Hydra made, to find out who set a palette that nothing reads.
 
+    Attributes:
+        read: palettes that the model mentions before values of the command line are applied.
+    """
 
-def _reach(config: DictConfig, names: list[str], expanded: set[str], create: bool) -> Any:
-    """The container at a path. On the way an interpolation becomes a copy of what it names, and a scalar a mapping."""
-    here: Any = config
-    for name in names:
-        if not _has(here, name):
-            if not create:
-                return None
-            if isinstance(here, ListConfig):
-                raise ConfigError(f"{'.'.join(names)}: a list of {len(here)} has no item '{name}'")
-            here[name] = {}
-        key = int(name) if isinstance(here, ListConfig) else name
-        if OmegaConf.is_interpolation(here, key):
-            target = here._get_node(key)._maybe_dereference_node()
-            if isinstance(target, Container):
-                expanded |= {palette for palette in PALETTES if _mentions(here._get_node(key)._value(), palette)}
-                here[key] = OmegaConf.to_container(target, resolve=False)
-        node = here._get_node(key)
-        if not isinstance(node, Container) or node._is_none() or node._is_missing():
-            if not create:
-                return None
-            here[key] = {}
-        here = here._get_node(key)
-    return here
+    roots: ConfigRoots
+    verb: str
+    config: DictConfig
+    choices: dict[str, str | None]
+    read: set[str]
 
-
-def _has(container: Any, name: str) -> bool:
-    if isinstance(container, ListConfig):
-        return name.isdigit() and int(name) < len(container)
-    return container is not None and name in container.keys()
-
-
-def _keys(container: Any) -> list[str]:
-    return [str(key) for key in container] if isinstance(container, DictConfig) else []
-
-
-def _mentions(node: Any, palette: str) -> bool:
-    """Whether a config has an interpolation of the palette."""
-    if isinstance(node, Container):
-        node = OmegaConf.to_container(node, resolve=False)
-    if isinstance(node, dict):
-        return any(_mentions(value, palette) for value in node.values())
-    if isinstance(node, list):
-        return any(_mentions(value, palette) for value in node)
-    return isinstance(node, str) and re.search(rf"\$\{{\s*{palette}\s*[.}}\[]", node) is not None
-
-
-def _touched_palettes(
-    config: DictConfig, choices: dict[str, str | None], roots: ConfigRoots, verb: str, overrides: list[Override]
-) -> dict[str, str]:
-    """Palettes that somebody set, and how: on the command line, by another choice, or by values of an experiment."""
-    touched: dict[str, str] = {}
-    defaults = roots.defaults(verb)
-    for palette in PALETTES:
-        said = [override.input_line for override in overrides if _top(override) == palette]
-        if palette not in config:
-            continue
-        if said:
-            touched[palette] = said[0]
-        elif choices.get(palette) != defaults.get(palette):
-            touched[palette] = f"{palette}={choices.get(palette)}"
-        elif OmegaConf.to_container(config[palette]) != _group_file(roots, palette, choices.get(palette)):
-            touched[palette] = f"{palette} (set by experiment={choices.get('experiment')})"
-    return touched
-
-
-def _group_file(roots: ConfigRoots, group: str, choice: str | None) -> Any:
-    config, _ = _compose_groups(None, [f"+{group}={choice}"], roots)
-    return OmegaConf.to_container(config[group])
-
-
-def _check_palettes(
-    config: DictConfig, touched: dict[str, str], expanded: set[str], choices: dict[str, str | None]
-) -> None:
-    model = choices.get("model")
-    for palette in PALETTES:
-        if palette in touched and palette not in expanded and not _mentions(config.get("model"), palette):
-            blocks = ", ".join(_keys(OmegaConf.select(config, "model.blocks")))
+    def refuse_if_set(self, palette: str, overrides: list[Override]) -> None:
+        """Raise `ConfigError` if the command line, another choice or an experiment set it."""
+        setting = self._setting(palette, overrides)
+        if setting is not None:
+            blocks = ", ".join(keys(OmegaConf.select(self.config, "model.blocks")))
             raise ConfigError(
-                f"{touched[palette]}: nothing reads it: model={model} names the {palette} of its blocks itself; "
-                f"set model.blocks.NAME.{palette} (blocks: {blocks}), or choose model=uniform"
+                f"{setting}: nothing reads it: model={self.choices.get('model')} names the {palette} of its blocks "
+                f"itself; set model.blocks.NAME.{palette} (blocks: {blocks}), or choose model=uniform"
             )
+
+    def _setting(self, palette: str, overrides: list[Override]) -> str | None:
+        if palette not in self.config:
+            return None
+        said = [override for override in overrides if _top(override) == palette]
+        if self._copied(palette):
+            said = [override for override in said if override.key_or_group != palette]
+        if said:
+            return said[0].input_line
+        choice = self.choices.get(palette)
+        if self._copied(palette):
+            return None
+        if choice != self.roots.defaults(self.verb).get(palette):
+            return f"{palette}={choice}"
+        if OmegaConf.to_container(self.config[palette]) != OmegaConf.to_container(self._file(palette)):
+            return f"{palette} (set by experiment={self.choices.get('experiment')})"
+        return None
+
+    def _copied(self, palette: str) -> bool:
+        """Whether an experiment's values below ``${mixer}`` made Hydra put a copy of the palette there."""
+        return palette not in self.read and mentions(self._file("model"), palette)
+
+    def _file(self, group: str) -> DictConfig:
+        """The chosen config of a group, by itself."""
+        return _compose_groups(None, [f"+{group}={self.choices.get(group)}"], self.roots)[0][group]
 
 
 def _resolved(config: DictConfig) -> dict[str, Any]:
     try:
         values = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except MissingMandatoryValue as error:
-        key = getattr(error, "full_key", None) or _first_line(error).split()[-1]
+        key = getattr(error, "full_key", None) or first_line(error).split()[-1]
         raise ConfigError(f"{key}: a value is needed: give {key}=...") from error
     except InterpolationKeyError as error:
         raise ConfigError(_interpolation_fault(config, error)) from error
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{getattr(error, 'full_key', None) or 'config'}: {_first_line(error)}") from error
+        raise ConfigError(f"{getattr(error, 'full_key', None) or 'config'}: {first_line(error)}") from error
     return {key: value for key, value in values.items() if key not in PALETTES}
 
 
 def _interpolation_fault(config: DictConfig, error: InterpolationKeyError) -> str:
     found = re.search(r"[Ii]nterpolation key '([^']*)'", str(error))
     if not found:
-        return f"{error.full_key}: {_first_line(error)}"
+        return f"{error.full_key}: {first_line(error)}"
     here: Any = config
     for name in found.group(1).split("."):
-        if not _has(here, name):
+        if not has(here, name):
             break
         here = here[name]
-    return f"{error.full_key}: ${{{found.group(1)}}} names no key; {nearest(name, _keys(here))}"
+    return f"{error.full_key}: ${{{found.group(1)}}} names no key; {nearest(name, keys(here))}"
 
 
 def _yaml_fault(error: Exception, where: str) -> str:
     mark = getattr(error, "problem_mark", None)
     if mark is None:
-        return f"{where}: {_first_line(error)}"
+        return f"{where}: {first_line(error)}"
     name = where if mark.name.startswith("<") else mark.name
     return f"{name}:{mark.line + 1}: not valid YAML: {error.problem or error.context}"
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -194,7 +194,7 @@ def json_schema() -> dict[str, Any]:
     """JSON Schema (2020-12) of the YAML files of a training run, for editors.
 
     A file may hold any part of a config (groups and experiments do), so only the `kind` of a choice is required, and
-    any value may be an interpolation ``${...}``. A mapping without `kind` is a partial one, of which nothing is checked.
+    any value may be an interpolation ``${...}``. A mapping without `kind` is a partial one, and not checked.
     """
     palettes, run = Palettes.model_json_schema(), RunConfig.model_json_schema()
     definitions = {name: _relaxed(schema) for name, schema in (palettes["$defs"] | run["$defs"]).items()}

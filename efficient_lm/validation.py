@@ -21,6 +21,7 @@ _WANTED = {
     "finite_number": "a finite number",
     "bool_type": "true or false",
     "string_type": "text",
+    "string_too_short": "some text",
     "list_type": "a list",
     "tuple_type": "a list",
     "dict_type": "a mapping",
@@ -33,6 +34,9 @@ _WANTED = {
     "less_than": "a number below {lt}",
     "less_than_equal": "at most {le}",
 }
+
+
+_BOUNDS = ("greater_than", "greater_than_equal", "less_than", "less_than_equal", "finite_number")
 
 
 def validate[S: Spec](spec: type[S], values: Mapping[str, Any], prefix: str = "") -> S:
@@ -55,7 +59,8 @@ def _explain(spec: type[Spec], values: Any, error: ValidationError, prefix: str)
     for fault in error.errors(include_url=False):
         faults.setdefault(_place(values, fault), []).append(fault)
     lines = []
-    for place, found in faults.items():
+    # A misspelt key comes before what is missing for want of it.
+    for place, found in sorted(faults.items(), key=lambda item: item[1][0]["type"] == "missing"):
         if any(_deeper(other, place) for other in faults):
             continue
         key = ".".join(filter(None, [prefix, *map(str, place)]))
@@ -94,8 +99,11 @@ def _line(key: str, spec: type[Spec], values: Any, place: Path, faults: list[dic
         return f"{key}: unknown key; {nearest(place[-1], _keys(spec, values, place[:-1]))}"
     if "missing" in kinds:
         return f"{key}: a value is needed"
-    if kinds & {"kind", "ramp", "value_error", "assertion_error"} and len(kinds) == 1:
-        return f"{key}: {_said(faults[0])}"
+    if len(faults) == 1 and not kinds & {*_WANTED, "literal_error", "too_short", "too_long"}:
+        said = _said(faults[0])
+        return f"{key}: {said}; got {_shown(faults[0]['input'])}" if said.startswith("expected") else f"{key}: {said}"
+    # A number out of bounds is of the right type: what other types would do is beside the point.
+    faults = [fault for fault in faults if fault["type"] in _BOUNDS] or faults
     given = faults[0]["input"]
     choices = [choice for fault in faults for choice in _choices(fault)]
     wanted = list(dict.fromkeys(_want(fault) for fault in faults if fault["type"] != "literal_error"))
@@ -133,7 +141,7 @@ def _shown(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, str):
-        return f"the text '{value[:60]}'"
+        return f"the text '{value[:60]}'" if value else "none"
     if isinstance(value, Mapping):
         return f"a mapping ({', '.join(map(str, list(value)[:4]))})" if value else "an empty mapping"
     return f"a list of {len(value)}" if isinstance(value, list | tuple) else f"{value}"
