@@ -11,7 +11,7 @@ from typing import Any
 from efficient_lm.errors import CheckpointError
 
 METRICS_FILE = "metrics.jsonl"
-SMOOTHING = 0.9
+SMOOTHING = 0.8
 """Weight of the past in the smoothed training loss of the plot."""
 
 
@@ -184,7 +184,8 @@ def _duration(seconds: float) -> str:
 
 
 def plot_loss(run_dir: str | Path) -> Path:
-    """Draw `plots/loss.png`: training loss, raw and smoothed, and validation loss; bits per byte on a second axis."""
+    """Draw `plots/loss.png`: training loss, raw and smoothed, and validation loss, which the right axis has in bits per
+    byte."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -196,27 +197,31 @@ def plot_loss(run_dir: str | Path) -> Path:
     axes.grid(alpha=0.25, linewidth=0.6)
     axes.set_xlabel("step")
     axes.set_ylabel("loss (nats per token)")
+    axes.set_title(Path(run_dir).absolute().name, loc="left", fontweight="bold")
     steps, loss = _series(rows, "loss")
     axes.plot(steps, loss, color="#4c72b0", alpha=0.3, linewidth=0.8)
     axes.plot(steps, _smoothed(loss), color="#4c72b0", linewidth=1.8, label="training (smoothed)")
-    axes.plot(*_series(rows, "val_loss"), color="#dd8452", marker="o", markersize=4, linewidth=1.5, label="validation")
-    handles, labels = axes.get_legend_handles_labels()
-    steps, bits = _series(rows, "val_bits_per_byte")
-    if bits:
-        right = axes.twinx()
-        right.spines[["top"]].set_visible(False)
-        right.set_ylabel("validation bits per byte")
-        handles += right.plot(
-            steps, bits, color="#55a868", linestyle="--", linewidth=1.2, label="bits per byte (right)"
-        )
-        labels.append(f"bits per byte (right), last {bits[-1]:.3f}")
-    axes.set_title(Path(run_dir).absolute().name, loc="left", fontweight="bold")
-    axes.legend(handles, labels, frameon=False)
+    _plot_validation(axes, rows)
+    axes.legend(frameon=False)
     path = Path(run_dir) / "plots" / "loss.png"
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path.with_suffix(".tmp"), format="png")
     os.replace(path.with_suffix(".tmp"), path)
     return path
+
+
+def _plot_validation(axes: Any, rows: list[dict[str, Any]]) -> None:
+    steps, loss = _series(rows, "val_loss")
+    if not loss:
+        return
+    bits = _series(rows, "val_bits_per_byte")[1]
+    label = f"validation (at last {bits[-1]:.3f} bits per byte)" if bits else "validation"
+    axes.plot(steps, loss, color="#dd8452", marker="o", markersize=4, linewidth=1.5, label=label)
+    if bits:
+        # Bits per byte is the loss times tokens per byte, so one curve can be read on both axes.
+        factor = bits[-1] / loss[-1]
+        right = axes.secondary_yaxis("right", functions=(lambda y: y * factor, lambda y: y / factor))
+        right.set_ylabel("validation bits per byte")
 
 
 def _series(rows: list[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
@@ -225,9 +230,15 @@ def _series(rows: list[dict[str, Any]], name: str) -> tuple[list[int], list[floa
 
 
 def _smoothed(values: list[float]) -> list[float]:
+    """Mean of an exponential moving average forwards and one backwards, which has no lag."""
+    forwards, backwards = _averaged(values), _averaged(values[::-1])[::-1]
+    return [(one + other) / 2 for one, other in zip(forwards, backwards, strict=True)]
+
+
+def _averaged(values: list[float]) -> list[float]:
     """Exponential moving average, corrected for its start at zero."""
-    smooth, average = [], 0.0
+    averages, average = [], 0.0
     for count, value in enumerate(values, start=1):
         average = SMOOTHING * average + (1 - SMOOTHING) * value
-        smooth.append(average / (1 - SMOOTHING**count))
-    return smooth
+        averages.append(average / (1 - SMOOTHING**count))
+    return averages
