@@ -50,7 +50,7 @@ class Checkpoints:
         """Begin writing ``{"parameters", "optimizer"}`` and a JSON `record`; returns when the arrays may be reused."""
         self.wait()
         if step in self.steps:
-            return
+            return  # A run that is asked to go on when it is complete saves nothing twice.
         self._check_space(items)
         record = {**record, "shapes": _shapes(items["parameters"])}
         try:
@@ -81,15 +81,11 @@ class Checkpoints:
         for step in reversed(steps):
             try:
                 record = dict(self._checkpointer.checkpointables_metadata(step).custom_metadata)
-            except Exception as error:
-                log.warning(
-                    "checkpoint %s is damaged (%s); trying the one before", self.folder / str(step), _brief(error)
-                )
-                continue
-            _check_shapes(record["shapes"], abstract["parameters"], self.folder / str(step))
-            try:
+                _check_shapes(record["shapes"], abstract["parameters"], self.folder / str(step))
                 items = self._checkpointer.load_checkpointables(step, abstract)
                 return {name: items[name] for name in abstract}, record
+            except CheckpointError:
+                raise
             except Exception as error:
                 log.warning(
                     "checkpoint %s is damaged (%s); trying the one before", self.folder / str(step), _brief(error)
@@ -99,6 +95,14 @@ class Checkpoints:
                 f"{self.folder}: none of the checkpoints {steps} can be read; move the folder to start anew"
             )
         return None
+
+    def set_aside_after(self, step: int) -> None:
+        """Rename checkpoints later than `step`, which could not be read, so that their steps can be saved again."""
+        for later in [found for found in self.steps if found > step]:
+            aside = self.folder.parent / f"damaged_checkpoint_{later}"
+            shutil.rmtree(aside, ignore_errors=True)
+            (self.folder / str(later)).rename(aside)
+        self._checkpointer.reload()
 
     def close(self) -> None:
         """Wait for the last save and stop Orbax's threads."""

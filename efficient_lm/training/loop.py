@@ -110,6 +110,7 @@ def _resume_or_start(setup: Setup, run: RunDirectory, checkpoints: Checkpoints) 
     if found is None:
         return setup.fresh_state(), Progress()
     items, record = found
+    checkpoints.set_aside_after(record["step"])
     if record["tokenizer"] != setup.tokenizer.fingerprint:
         raise CheckpointError(f"{run.path}: was trained with another tokenizer; choose another run.name")
     log.warning("resuming %s from step %d", run.path, record["step"])
@@ -171,8 +172,8 @@ class _Session:
             )
         if bad >= train.max_nonfinite:
             raise DivergedError(
-                f"the loss was not a number for {bad} steps in a row, up to step {step}; the parameters from before are "
-                f"kept in {self.run.checkpoints}. Try a lower optimizer.learning_rate or train.clip_norm"
+                f"the loss was not a number for {bad} steps in a row, up to step {step}; the parameters from before "
+                f"are kept in {self.run.checkpoints}. Try a lower optimizer.learning_rate or train.clip_norm"
             )
 
     def validate(self, state: dict[str, Any], rows: int | None = None) -> None:

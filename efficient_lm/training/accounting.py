@@ -1,0 +1,74 @@
+"""What a config would cost, counted without allocating it: parameters, FLOPs, memory, cache."""
+
+import math
+from collections import Counter
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from efficient_lm.config import RunConfig
+from efficient_lm.models.language_model import LanguageModel
+from efficient_lm.models.parameters import count_parameters, decay_mask, parameter_table
+from efficient_lm.training.step import abstract_state, make_step
+
+
+def parameters_by_part(model: LanguageModel) -> dict[str, int]:
+    """Number of values of the embedding, of each half of each kind of block, and of the head."""
+    names = model.spec.layer_names()
+    counts: Counter[str] = Counter()
+    for path, declaration in parameter_table(model.declarations):
+        first, *rest = path.split(".")
+        if first == "stack":
+            segment, place, half = rest[0], rest[1], rest[2]
+            start = model.stack.segments[int(segment.removeprefix("segment_"))].start
+            first = f"{names[start + int(place.removeprefix('layer_'))]}.{half}"
+        counts[first] += declaration.size
+    return dict(counts)
+
+
+def plan(config: RunConfig) -> dict[str, Any]:
+    """Count a training run.
+
+    The step is compiled for this machine's devices, and its memory is what the compiler says; no array is made.
+
+    Returns:
+        `parameters` by part; `flops_per_token` forward and training; bytes: `parameters`, `gradients`, `optimizer`,
+        `activations` (all else that lives during a step: activations, logits, workspace), `cache_per_sequence` for one
+        sequence of `train.sequence_length` in the compute dtype.
+    """
+    model, train = config.model.build(), config.train
+    model.check_length(train.sequence_length, "train.sequence_length")
+    layout = config.parallelism.build()
+    layout.check_batch(train.batch_size, train.accumulate)
+    schedule = config.schedule.build(config.optimizer.learning_rate, train.steps)
+    optimizer = config.optimizer.build(schedule, decay_mask(model.declarations))
+    state = abstract_state(model, optimizer, layout)
+    shape = (train.batch_size, train.sequence_length)
+    integers = jax.ShapeDtypeStruct(shape, jnp.int32)
+    batch = dict.fromkeys(("tokens", "targets", "segment_ids", "positions"), integers)
+    batch["weights"] = jax.ShapeDtypeStruct(shape, jnp.float32)
+    options = {"accumulate": train.accumulate, "clip_norm": train.clip_norm, "dtype": config.precision.dtype}
+    step = jax.jit(make_step(model, config.objective, optimizer, **options), donate_argnums=0)
+    memory = step.lower(state, batch).compile().memory_analysis()
+    parameters, gradients = _bytes(state["parameters"]), _bytes(state["parameters"])
+    caches = jax.eval_shape(lambda: model.init_caches(1, train.sequence_length, config.precision.dtype))
+    forward = model.flops_per_token(train.sequence_length)
+    return {
+        "parameters": parameters_by_part(model) | {"total": count_parameters(model.declarations)},
+        "flops_per_token": {"forward": forward, "training": 3 * forward},
+        "flops_per_step": 3 * forward * math.prod(shape),
+        "training_flops": 3 * forward * math.prod(shape) * train.steps,
+        "tokens": math.prod(shape) * train.steps,
+        "bytes": {
+            "parameters": parameters,
+            "gradients": gradients,
+            "optimizer": _bytes(state["optimizer"]),
+            "activations": max(memory.temp_size_in_bytes - gradients, 0),
+            "cache_per_sequence": _bytes(caches),
+        },
+    }
+
+
+def _bytes(tree: Any) -> int:
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
