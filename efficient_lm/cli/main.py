@@ -12,7 +12,6 @@ from types import ModuleType
 
 from efficient_lm.cli.help import VERBS, overview, verb_help
 from efficient_lm.errors import ConfigError, ResourceError, UserError, nearest
-from efficient_lm.runtime import configure_logging, keep_compiled_programs
 
 INTERRUPTED = 130
 
@@ -72,6 +71,8 @@ def _run(arguments: list[str]) -> int:
     elif options.cfg:
         _print_config(verb, module, options)
     else:
+        keep_compiled_programs()
+        configure_logging()
         return module.run(options.overrides, Options(tuple(options.config_dir))) or 0
     return 0
 
