@@ -12,6 +12,7 @@ from types import ModuleType
 
 from efficient_lm.cli.help import VERBS, overview, verb_help
 from efficient_lm.errors import ConfigError, ResourceError, UserError, nearest
+from efficient_lm.runtime import configure_logging, keep_compiled_programs
 
 INTERRUPTED = 130
 
