@@ -124,13 +124,19 @@ def _groups(root: Path) -> list[str]:
     ]
 
 
-def compose(verb: str, overrides: Sequence[str] = (), config_dirs: Iterable[str | Path] = ()) -> Composed:
+def compose(
+    verb: str,
+    overrides: Sequence[str] = (),
+    config_dirs: Iterable[str | Path] = (),
+    optional: Sequence[str] = (),
+) -> Composed:
     """The config of a verb.
 
     Args:
         verb: name of a root file, ``train`` for `configs/train.yaml`.
         overrides: as Hydra writes them: ``group=choice``, ``key=value``, ``+key=value``, ``~key``.
         config_dirs: folders of further groups and choices.
+        optional: sections that are left out if a value in them is missing.
 
     Raises:
         ConfigError: bad syntax, an unknown choice, a palette that nothing reads, a missing value, a bad interpolation.
@@ -150,6 +156,9 @@ def compose(verb: str, overrides: Sequence[str] = (), config_dirs: Iterable[str 
         apply(config, override, expanded)
     for palette in set(PALETTES) - expanded - _mentioned(config):
         composed.refuse_if_set(palette, parsed)
+    for section in optional:
+        if section in config and OmegaConf.missing_keys(config[section]):
+            del config[section]
     return Composed(verb, _resolved(config), choices)
 
 

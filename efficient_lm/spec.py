@@ -71,7 +71,9 @@ class Choice(Spec):
         """The class of a kind. Raises `PydanticCustomError` naming the nearest kinds."""
         if not isinstance(kind, str) or kind not in cls.kinds:
             hint = nearest(kind, cls.kinds)
-            raise PydanticCustomError("kind", "unknown {role} kind '{kind}'; {hint}", {"role": cls.role, "kind": str(kind), "hint": hint})
+            raise PydanticCustomError(
+                "kind", "unknown {role} kind '{kind}'; {hint}", {"role": cls.role, "kind": str(kind), "hint": hint}
+            )
         return cls.kinds[kind]
 
 
@@ -167,7 +169,9 @@ class Ramp(Spec):
     @classmethod
     def _needs_both(cls, value: Any) -> Any:
         if isinstance(value, Mapping) and set(value) != {"start", "end"}:
-            raise PydanticCustomError("ramp", "a value that varies with depth is a list, or a mapping with 'start' and 'end'", {})
+            raise PydanticCustomError(
+                "ramp", "a value that varies with depth is a list, or a mapping with 'start' and 'end'", {}
+            )
         return value
 
 
@@ -198,7 +202,9 @@ def _varies(field: Any) -> _Varies | None:
 def _at(value: Any, index: int, count: int, name: str, mark: _Varies | None) -> Any:
     if mark and isinstance(value, tuple):
         if len(value) != count:
-            raise ConfigError(f"'{name}' lists {len(value)} values, but {count} layers use it: give one value, or {count}")
+            raise ConfigError(
+                f"'{name}' lists {len(value)} values, but {count} layers use it: give one value, or {count}"
+            )
         return value[index]
     if mark and isinstance(value, Ramp):
         return value.value(index, count, mark.whole)

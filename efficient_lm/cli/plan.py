@@ -1,8 +1,10 @@
 """The verb `plan`."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from efficient_lm.cli.main import Options
+from efficient_lm.errors import ConfigError
 
 ROOT = "plan"
 SUMMARY = "Counts parameters, FLOPs and memory of a training config, without allocating anything."
@@ -15,8 +17,56 @@ Examples
 """
 
 
+PARTS = {
+    "parameters": "parameters, float32",
+    "gradients": "gradients, float32",
+    "optimizer": "optimizer state",
+    "activations": "activations, logits, workspace",
+}
+UNREAD = {"data": {"source": {"kind": "sotu"}}, "tokenizer": {"kind": "bytes"}}
+"""Stand in for sections that name no file yet; a plan opens neither."""
+
+
 def run(overrides: Sequence[str], options: Options) -> None:
     """Count what the config that `overrides` compose would cost."""
-    from efficient_lm.config import load_run_config
+    from efficient_lm.composition import compose
+    from efficient_lm.config import RunConfig
+    from efficient_lm.validation import validate
 
-    load_run_config(overrides, options.config_dirs, ROOT)
+    values = compose(ROOT, overrides, options.config_dirs, optional=tuple(UNREAD)).values
+    if "tokenizer" not in values and values["model"].get("vocab_size") is None:
+        raise ConfigError("model.vocab_size: null takes the tokenizer's, and tokenizer.path is not given; give either")
+    config = validate(RunConfig, {**UNREAD, **values})
+
+    from efficient_lm.training.accounting import plan
+    from efficient_lm.training.setup import with_vocabulary
+
+    if config.model.vocab_size is None:
+        config = with_vocabulary(config, config.tokenizer.build())
+    _print(config, plan(config))
+
+
+def _print(config: Any, figures: dict[str, Any]) -> None:
+    import jax
+
+    train, flops, memory = config.train, figures["flops_per_token"], figures["bytes"]
+    rows: list[tuple[str, str]] = [("parameters", "")]
+    rows += [(f"  {part}", f"{count:,}") for part, count in figures["parameters"].items()]
+    rows += [("FLOPs", "")]
+    rows += [(f"  {name} per token", f"{value / 1e6:,.2f} M") for name, value in flops.items()]
+    rows += [("  whole run", f"{figures['training_flops']:.3g} for {figures['tokens']:,} tokens")]
+    micro = train.batch_size // train.accumulate
+    where = f"{jax.device_count()} {jax.default_backend()} device(s)"
+    rows += [(f"memory of a step, {micro} × {train.sequence_length} tokens at a time, compiled for {where}", "")]
+    rows += [(f"  {shown}", _size(memory[name])) for name, shown in PARTS.items()]
+    rows += [("  total", _size(sum(memory[name] for name in PARTS)))]
+    rows += [(f"cache of one sequence of {train.sequence_length} tokens", _size(memory["cache_per_sequence"]))]
+    width = max(len(name) for name, value in rows if value)
+    print("\n".join(f"{name:<{width}}  {value:>18}" if value else name for name, value in rows))
+
+
+def _size(count: int) -> str:
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= factor:
+            return f"{count / factor:,.2f} {unit}"
+    return f"{count} B"

@@ -172,7 +172,7 @@ def test_layers_fall_into_segments():
     assert [(len(part.period), part.repeats, part.start) for part in model.stack.segments] == [(6, 3, 0), (1, 2, 18)]
     assert jax.eval_shape(model.init, jax.random.key(0))["stack"]["segment_0"]["layer_5"]["mixer"]["inner"]["query"][
         "weight"
-    ].shape == (3, 32, 8, 4)
+    ].shape == (3, 32, 1, 32)
 
 
 def test_parameters_do_not_depend_on_segments():

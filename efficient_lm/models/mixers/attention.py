@@ -18,14 +18,18 @@ from efficient_lm.spec import Count, Natural, OneOf, PerLayer, Positive
 from kernels_pallas.attention import attention
 
 
+HEAD_SIZE = 64
+"""Values per head where neither their number nor their size is given."""
+
+
 class AttentionSpec(MixerSpec):
     """``softmax(q kᵀ / sqrt(head_size)) v`` per head (Vaswani et al. 2017, eq. 1).
 
     Attributes:
-        heads: query heads.
+        heads: query heads; None has as many as `head_size` (64, unless given) goes into the width.
         kv_heads: key-value heads; None has one per query head, 1 is multi-query (Shazeer 2019), between is grouped
             (Ainslie et al. 2023).
-        head_size: values per head; None takes ``width / heads``.
+        head_size: values per head; None takes ``width / heads``, whatever `heads` is.
         window: tokens each token sees, itself included; None sees all.
         kept_tokens: first tokens of a document that stay visible beyond the window (Xiao et al. 2023, StreamingLLM).
         sink_logit: a learned logit per head in the softmax's denominator, so that a head may attend to nothing.
@@ -38,7 +42,7 @@ class AttentionSpec(MixerSpec):
     """
 
     kind: Literal["attention"] = "attention"
-    heads: PerLayer[Count] = 8
+    heads: PerLayer[Count | None] = None
     kv_heads: PerLayer[Count | None] = None
     head_size: Count | None = None
     window: PerLayer[Count | None] = None
@@ -53,32 +57,31 @@ class AttentionSpec(MixerSpec):
     implementation: Literal["auto", "reference", "xla", "cudnn"] = "auto"
 
     def faults(self, width: int) -> Iterator[tuple[str, str]]:
-        if self.head_size is None and width % self.heads:
-            yield (
-                "heads",
-                f"{self.heads} heads do not divide width {width}; {_divisors(width, self.heads)}, or set head_size",
-            )
-        if self.kv_heads and self.heads % self.kv_heads:
-            yield (
-                "kv_heads",
-                f"{self.kv_heads} do not divide {self.heads} heads; {_divisors(self.heads, self.kv_heads)}",
-            )
+        heads = self.head_count(width)
+        if self.head_size is None and width % heads:
+            yield "heads", f"{heads} heads do not divide width {width}; {_divisors(width, heads)}, or set head_size"
+        if self.kv_heads and heads % self.kv_heads:
+            yield "kv_heads", f"{self.kv_heads} do not divide {heads} heads; {_divisors(heads, self.kv_heads)}"
         if self.kept_tokens and self.window is None:
             yield "kept_tokens", "tokens are kept beyond a window, and there is none: set window too"
         if isinstance(self.position, RotarySpec) and self.size_per_head(width) % 2:
             yield "head_size", f"rotary positions turn pairs of values, and {self.size_per_head(width)} is odd"
 
+    def head_count(self, width: int) -> int:
+        """Query heads in a model of this width."""
+        return self.heads or max(1, width // (self.head_size or HEAD_SIZE))
+
     def size_per_head(self, width: int) -> int:
         """Values per head in a model of this width."""
-        return self.head_size or width // self.heads
+        return self.head_size or width // self.head_count(width)
 
     def build(self, width: int, init: Initialization) -> nnx.Module:
         return Attention(self, width, init)
 
     def flops_per_token(self, width: int, context_length: int) -> float:
-        size, kv_heads = self.size_per_head(width), self.kv_heads or self.heads
-        projections = 2 * width * size * (2 * self.heads + 2 * kv_heads)
-        return projections + 4 * self.heads * size * self._mean_seen(context_length)
+        heads, size = self.head_count(width), self.size_per_head(width)
+        projections = 2 * width * size * (2 * heads + 2 * (self.kv_heads or heads))
+        return projections + 4 * heads * size * self._mean_seen(context_length)
 
     def _mean_seen(self, context_length: int) -> float:
         """Tokens that one token attends to, averaged over the sequence."""
@@ -96,16 +99,17 @@ def _divisors(number: int, near: int) -> str:
 class Attention(nnx.Module):
     def __init__(self, spec: AttentionSpec, width: int, init: Initialization):
         self.spec, self.size = spec, spec.size_per_head(width)
-        self.kv_heads = spec.kv_heads or spec.heads
-        embed, heads = {"embed": width}, {"heads": spec.heads, "head_dim": self.size}
+        count = spec.head_count(width)
+        self.kv_heads = spec.kv_heads or count
+        embed, heads = {"embed": width}, {"heads": count, "head_dim": self.size}
         pair = {"key_value": 2, "kv_heads": self.kv_heads, "head_dim": self.size}
         self.query = Linear(embed, heads, init=init, bias=spec.bias)
         self.key_value = Linear(embed, pair, init=init, bias=spec.bias, batch=1)
         self.output = Linear(heads, embed, init=init, bias=spec.output_bias, residual=True)
         self.query_norm = spec.qk_norm and spec.qk_norm.build(self.size, "head_dim")
         self.key_norm = spec.qk_norm and spec.qk_norm.build(self.size, "head_dim")
-        self.sinks = parameter({"heads": spec.heads}, ZEROS) if spec.sink_logit else None
-        self.position = spec.position.build(spec.heads, self.size)
+        self.sinks = parameter({"heads": count}, ZEROS) if spec.sink_logit else None
+        self.position = spec.position.build(count, self.size)
 
     def __call__(self, x: jax.Array, context: Context, cache: Cache | None = None) -> tuple[jax.Array, Cache | None]:
         """`x [batch, time, width]` → the same shape and dtype, and the cache with these tokens added."""

@@ -1,0 +1,54 @@
+"""What a plan says, against counts by hand."""
+
+import pytest
+
+from efficient_lm.cli.main import main
+from efficient_lm.config import load_run_config
+from efficient_lm.training.accounting import plan
+
+SMALL = ["model.width=32", "model.repeats=3", "model.vocab_size=64", "model.tied=true", "ffn=mlp", "ffn.hidden=64",
+         "mixer.heads=4", "mixer.kv_heads=2", "train.sequence_length=16", "train.batch_size=4"]  # fmt: skip
+
+
+def test_a_small_model_by_hand():
+    figures = plan(load_run_config(SMALL))
+    mixer, ffn = 3 * (32 * 32 * 2 + 32 * 16 * 2 + 32), 3 * (2 * 32 * 64 + 32)
+    parts = {"embedding": 64 * 32, "layer.mixer": mixer, "layer.ffn": ffn, "head": 32}
+    assert figures["parameters"] == {**parts, "total": sum(parts.values())}
+    total = sum(parts.values())
+    assert figures["bytes"]["parameters"] == figures["bytes"]["gradients"] == 4 * total
+    # Two moments, and the optimizer's and the schedule's counts.
+    assert 0 <= figures["bytes"]["optimizer"] - 8 * total <= 16
+    keys_and_values, bookkeeping = 2 * 16 * 2 * 8 * 4, 2 * 16 * 4 + 4
+    assert figures["bytes"]["cache_per_sequence"] == 3 * (keys_and_values + bookkeeping)
+    assert figures["flops_per_token"]["training"] == 3 * figures["flops_per_token"]["forward"]
+    assert figures["bytes"]["activations"] > 0
+
+
+def test_the_verb_prints_a_table(capsys):
+    assert main(["plan", *SMALL]) == 0
+    printed = capsys.readouterr().out
+    assert "layer.mixer" in printed and "activations" in printed and "cache of one sequence of 16 tokens" in printed
+
+
+def test_a_plan_needs_no_files(capsys):
+    small = [item for item in SMALL if not item.startswith("model.vocab_size")]
+    assert main(["plan", "data=files", "tokenizer=file", *small]) == 2
+    assert "model.vocab_size: null takes the tokenizer's" in capsys.readouterr().err
+    assert main(["plan", "data=files", "tokenizer=file", *SMALL]) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "millions"), [("transformer_124m", 124), ("transformer_350m", 350), ("transformer_1b", 1076)]
+)
+def test_the_large_experiments_have_their_size(name, millions):
+    from efficient_lm.composition import compose
+    from efficient_lm.config import RunConfig
+    from efficient_lm.models.parameters import count_parameters
+    from efficient_lm.validation import validate
+
+    values = compose("plan", [f"experiment={name}"], optional=("data", "tokenizer")).values
+    values |= {"data": {"source": {"kind": "sotu"}}, "tokenizer": {"kind": "bytes"}}
+    model = validate(RunConfig, values).model.build()
+    assert count_parameters(model.declarations) / 1e6 == pytest.approx(millions, rel=0.05)
