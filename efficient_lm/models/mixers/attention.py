@@ -17,7 +17,6 @@ from efficient_lm.models.parameters import ZEROS, Initialization, parameter
 from efficient_lm.spec import Count, Natural, OneOf, PerLayer, Positive
 from kernels_pallas.attention import attention
 
-
 HEAD_SIZE = 64
 """Values per head where neither their number nor their size is given."""
 
