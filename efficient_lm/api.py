@@ -138,7 +138,9 @@ class Model:
             opened = (data or self.config.data).open(self.tokenizer, length, self.config.run.seed)
             batches = opened.validation_batches(batch_size)
         else:
-            batches = document_batches(FilesSource(paths=tuple(data)), self.tokenizer, length, batch_size)
+            batches = document_batches(
+                FilesSource(paths=tuple(data), any_extension=True), self.tokenizer, length, batch_size
+            )
         return evaluate(make_scorer(self.model, self.dtype), self.params, batches)
 
     def save(self, path: str | Path) -> Path:

@@ -1,7 +1,8 @@
 """Errors a user reads: one or two lines saying what is wrong, where, and what is valid; each has its exit status."""
 
 import difflib
-from collections.abc import Iterable
+import errno
+from collections.abc import Iterable, Iterator
 
 
 class UserError(Exception):
@@ -49,3 +50,16 @@ def nearest(name: object, valid: Iterable[object], limit: int = 12) -> str:
     ordered = close + [choice for choice in names if choice not in close]
     shown = ", ".join(ordered[:limit]) + (", ..." if len(ordered) > limit else "")
     return f"did you mean '{close[0]}'? valid: {shown}" if close else f"valid: {shown}"
+
+
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An exception and those it came from, the newest first."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether an exception, or one it came from, says that no space or quota is left."""
+    full = (errno.ENOSPC, errno.EDQUOT)
+    return any(getattr(cause, "errno", None) in full or "No space left" in str(cause) for cause in causes(error))

@@ -1,7 +1,6 @@
 """``efficient-lm VERB key=value ...``: finds the verb, runs it, and turns faults into a line and an exit status."""
 
 import argparse
-import errno
 import importlib
 import os
 import sys
@@ -11,7 +10,7 @@ from dataclasses import dataclass
 from types import ModuleType
 
 from efficient_lm.cli.help import VERBS, overview, verb_help
-from efficient_lm.errors import ConfigError, ResourceError, UserError, nearest
+from efficient_lm.errors import ConfigError, ResourceError, UserError, causes, is_disk_full, nearest
 from efficient_lm.runtime import configure_logging, keep_compiled_programs
 
 INTERRUPTED = 130
@@ -98,19 +97,15 @@ def _print_config(verb: str, module: ModuleType, options: argparse.Namespace) ->
 
 def _resources(error: Exception) -> ResourceError | None:
     """A full disk or full memory, wherever it showed up."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
-            where = getattr(cause, "filename", None)
-            return ResourceError(
-                f"the disk is full{f' ({where})' if where else ''}; free some space and run the same command again"
-            )
-        if isinstance(cause, MemoryError) or "RESOURCE_EXHAUSTED" in str(cause):
-            return ResourceError(
-                "out of memory: try a smaller train.batch_size, a larger train.accumulate, model.remat=full, "
-                "or precision=bfloat16"
-            )
-        cause = cause.__cause__ or cause.__context__
+    if is_disk_full(error):
+        files = [cause.filename for cause in causes(error) if getattr(cause, "filename", None)]
+        where = f" ({files[0]})" if files else ""
+        return ResourceError(f"the disk is full{where}; free some space and run the same command again")
+    if any(isinstance(cause, MemoryError) or "RESOURCE_EXHAUSTED" in str(cause) for cause in causes(error)):
+        return ResourceError(
+            "out of memory: try a smaller train.batch_size, a larger train.accumulate, model.remat=full, "
+            "or precision=bfloat16"
+        )
     return None
 
 

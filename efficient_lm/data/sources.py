@@ -59,23 +59,24 @@ class FilesSource(SourceSpec):
     """Files by path or glob, in the order given, each once; a glob's matches are sorted.
 
     `.txt` is one document per file; `.jsonl` and `.parquet` hold one per record, in the field `text_field`. Text and
-    JSON Lines may be compressed: `.gz`, `.xz`, `.zst`.
+    JSON Lines may be compressed: `.gz`, `.xz`, `.zst`. With `any_extension`, every other file is read as plain text.
     """
 
     kind: Literal["files"] = "files"
     paths: Annotated[Listing[str], BeforeValidator(_tuple), Field(min_length=1)]
     text_field: str = "text"
+    any_extension: bool = False
 
     def files(self) -> list[Path]:
         """The files themselves. Raises `DataError` when one is missing, a folder, or of no known format."""
         found = [file for path in self.paths for file in _matches(path)]
         for file in found:
-            _format(file)
+            _format(file, self.any_extension)
         return list(dict.fromkeys(found))
 
     def documents(self) -> Iterator[str]:
         for file in self.files():
-            yield from read_documents(file, self.text_field)
+            yield from read_documents(file, self.text_field, self.any_extension)
 
     def identity(self) -> dict[str, Any]:
         states = [(str(file.absolute()), file.stat()) for file in self.files()]
@@ -83,9 +84,9 @@ class FilesSource(SourceSpec):
         return {"kind": self.kind, "text_field": self.text_field, "files": files}
 
 
-def read_documents(path: Path, text_field: str) -> Iterator[str]:
+def read_documents(path: Path, text_field: str, any_extension: bool = False) -> Iterator[str]:
     """The documents of one file. Raises `DataError` for anything that is not as its extension says."""
-    read, compression = _format(path)
+    read, compression = _format(path, any_extension)
     empty = True
     for text in read(path, compression, text_field):
         if text:
@@ -153,10 +154,12 @@ FORMATS: dict[str, tuple[Reader, str]] = {
 }
 
 
-def _format(path: Path) -> tuple[Reader, str]:
+def _format(path: Path, any_extension: bool = False) -> tuple[Reader, str]:
     for extension, found in FORMATS.items():
         if path.name.lower().endswith(extension):
             return found
+    if any_extension:
+        return FORMATS[".txt"]
     extension = "".join(path.suffixes[-2:] if path.suffix in COMPRESSIONS else path.suffixes[-1:])
     raise DataError(f"'{path}' has the unknown extension '{extension}'; {nearest(extension, FORMATS)}")
 

@@ -5,7 +5,6 @@ the run stands. Orbax writes beside the final name and renames when all is on di
 whole unless something damaged it afterwards; one that cannot be read is named and passed over.
 """
 
-import errno
 import logging
 import shutil
 from pathlib import Path
@@ -15,7 +14,7 @@ import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from efficient_lm.errors import CheckpointError, ResourceError
+from efficient_lm.errors import CheckpointError, ResourceError, is_disk_full
 from efficient_lm.models.parameters import Declaration, Parameters, is_declaration
 
 log = logging.getLogger(__name__)
@@ -151,15 +150,6 @@ def load_parameters(folder: Path, declarations: Parameters, step: int | None = N
     items, record = checkpoints.restore({"parameters": expected}, None if step is None else [step])
     checkpoints.close()
     return items["parameters"], record
-
-
-def is_disk_full(error: BaseException | None) -> bool:
-    """Whether an exception, or one it came from, says that no space or quota is left."""
-    while error is not None:
-        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
 
 
 def _shapes(parameters: Parameters) -> dict[str, list]:

@@ -6,8 +6,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from efficient_lm.errors import CheckpointError, ResourceError
-from efficient_lm.training.checkpoints import is_disk_full
+from efficient_lm.errors import CheckpointError, ResourceError, is_disk_full
 
 
 class RunDirectory:

@@ -275,7 +275,7 @@ def test_evaluation_equals_the_runs_own(whole):
 
 
 def test_evaluation_of_a_file_by_hand(whole, tmp_path):
-    path = Path(tmp_path / "note.txt")
+    path = Path(tmp_path / "note.md")
     path.write_text("the people of a union")
     model = load(whole[0])
     scores = model.evaluate([str(path)], sequence_length=64, batch_size=2)
