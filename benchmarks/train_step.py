@@ -48,7 +48,6 @@ from kernels_pallas.linear_cross_entropy import linear_cross_entropy
 LEARNING_RATE, BETAS, EPSILON, DECAY, CLIP_NORM, NORM_EPSILON = 1e-3, (0.9, 0.95), 1e-8, 0.1, 1.0, 1e-6
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "TPU v5p": 459e12, "TPU v6e": 918e12}
 """Dense bfloat16 peak, by a part of the device's name."""
-
 HERE = Path(__file__).parent
 Params = dict[str, Any]
 Round = Callable[[int], float]
@@ -104,8 +103,8 @@ def framework_arm(options: argparse.Namespace, batch: dict[str, np.ndarray]) -> 
     model = model_spec(options).build()
     optimizer, layout, shardings = framework_parts(model)
     step = framework_step(model, options)
-    init = jax.jit(lambda key: initial_state(model, optimizer, key), out_shardings=shardings)
-    return jax_rounds(step, init(jax.random.key(0)), lambda: layout.batch(batch))
+    state = jax.jit(lambda key: initial_state(model, optimizer, key), out_shardings=shardings)(jax.random.key(0))
+    return jax_rounds(step, state, lambda: layout.batch(batch))
 
 
 def jax_rounds(step: Callable, state: Any, next_batch: Callable) -> tuple[Round, float]:
@@ -137,7 +136,7 @@ def hand_written_params(params: Params) -> Params:
         "embedding": params["embedding"]["tokens"],
         "layers": {
             "mixer_norm": layer["mixer"]["input_norm"]["scale"],
-            "qkv": jnp.concatenate([part.reshape(layers, width, -1) for part in parts], axis=-1),
+            "qkv": jnp.concatenate([part.reshape(layers, width, -1) for part in parts], axis=-1),  # columns q, k, v
             "out": mixer["output"]["weight"].reshape(layers, -1, width),
             "ffn_norm": layer["ffn"]["input_norm"]["scale"],
             "gate_up": ffn["gate_up"]["weight"].reshape(layers, width, -1),
@@ -187,7 +186,7 @@ def hand_written_loss(
     params: Params, batch: Params, options: argparse.Namespace, attend: Callable, loss: Callable
 ) -> jax.Array:
     """Mean cross entropy of a batch."""
-    batch_size, length, heads, size = options.batch, options.time, options.heads, options.width // options.heads
+    rows, heads, size = batch["tokens"].shape, options.heads, options.width // options.heads
     segment_ids = batch["segment_ids"] if options.document else None
     frequencies = 10000.0 ** -(jnp.arange(0, size, 2, dtype=jnp.float32) / size)
     angles = batch["positions"][..., None, None] * frequencies
@@ -195,18 +194,20 @@ def hand_written_loss(
 
     def layer(x: jax.Array, weights: Params) -> tuple[jax.Array, None]:
         weights = {name: value if value.ndim == 1 else value.astype(x.dtype) for name, value in weights.items()}
-        qkv = (rms_norm(x, weights["mixer_norm"]) @ weights["qkv"]).reshape(batch_size, length, 3, heads, size)
-        q, k = (rotate(qkv[:, :, index], cosine, sine) for index in range(2))
-        y = attend(q, k, qkv[:, :, 2], segment_ids=segment_ids)
-        x = x + y.reshape(batch_size, length, -1) @ weights["out"]
-        gate, up = jnp.split(rms_norm(x, weights["ffn_norm"]) @ weights["gate_up"], 2, axis=-1)
-        return x + (jax.nn.silu(gate) * up) @ weights["down"], None
+        q, kv = jnp.split(weights["qkv"], [options.width], axis=1)
+        normed = rms_norm(x, weights["mixer_norm"])
+        q, kv = (normed @ q).reshape(*rows, heads, size), (normed @ kv).reshape(*rows, 2, heads, size)
+        k, v = kv[:, :, 0], kv[:, :, 1]
+        y = attend(rotate(q, cosine, sine), rotate(k, cosine, sine), v, segment_ids=segment_ids)
+        x = x + y.reshape(x.shape) @ weights["out"]
+        both = (rms_norm(x, weights["ffn_norm"]) @ weights["gate_up"]).reshape(len(x), 2, -1)
+        return x + (jax.nn.silu(both[:, 0]) * both[:, 1]) @ weights["down"], None
 
-    if options.peer_remat:
-        layer = jax.checkpoint(layer, prevent_cse=False)
-    x = params["embedding"][batch["tokens"]].astype(options.dtype)
+    saved = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    layer = jax.checkpoint(layer, policy=saved, prevent_cse=False) if options.peer_remat == "dots" else layer
+    x = params["embedding"][batch["tokens"].reshape(-1)].astype(options.dtype)
     x, _ = jax.lax.scan(layer, x, params["layers"])
-    x = rms_norm(x, params["norm"]).reshape(batch_size * length, -1)
+    x = rms_norm(x, params["norm"])
     weights = batch["weights"].reshape(-1)
     return loss(x, params["head"], batch["targets"].reshape(-1), weights) / jnp.maximum(jnp.sum(weights), 1.0)
 
@@ -356,7 +357,9 @@ def compile_once(options: argparse.Namespace, depth: int, batch: dict[str, jax.S
 def surroundings() -> dict[str, Any]:
     """What a figure depends on besides the code."""
     device = jax.devices()[0]
-    cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), "?")
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []  # Linux has it
+    cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), os.uname().machine)
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "device": f"{jax.device_count()} x {device.platform} {device.device_kind}",
@@ -373,7 +376,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--document", type=int, default=128, help="mean tokens per document; 0: rows are not packed")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--remat", choices=("none", "full", "dots", "names"), help="of the framework's arm")
-    parser.add_argument("--peer-remat", action="store_true", help="hand-written arms recompute each layer")
+    parser.add_argument("--peer-remat", choices=("none", "dots"), default="dots", help="of the hand-written arms")
     parser.add_argument("--arms", nargs="+", default=["framework", "hand_written", "plain"])
     parser.add_argument("--torch", metavar="PYTHON", help="an interpreter with torch and transformers")
     parser.add_argument("--compile-time", action="store_true", help="seconds to compile 6 and 48 layers instead")
@@ -385,7 +388,7 @@ def main() -> None:
     options = parse()
     results = compile_times(options) if options.compile_time else report(options)
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
-    settings["torch"] = settings.pop("torch") is not None
+    settings["torch"] = options.torch is not None
     what = "compile_time" if options.compile_time else f"train_step_w{options.width}_l{options.layers}"
     output = options.output or HERE / "results" / f"{what}_{jax.default_backend()}_{options.dtype}.json"
     output.parent.mkdir(parents=True, exist_ok=True)
