@@ -9,6 +9,26 @@ from flax import nnx
 from efficient_lm.models.parameters import ZEROS, Initialization, parameter
 
 
+@jax.custom_vjp
+def matmul(x: jax.Array, w: jax.Array) -> jax.Array:
+    """`x [n, in] @ w [in, out]`, with the weight gradient in the form that the backend is fast at."""
+    return x @ w
+
+
+def _forward(x: jax.Array, w: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return x @ w, (x, w)
+
+
+def _backward(saved: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, w = saved
+    # XLA on CPUs is slow at products that contract the rows of the left operand: there the transpose is made first.
+    transposed = jax.lax.optimization_barrier(x.T) if jax.default_backend() == "cpu" else x.T
+    return dy @ w.T, transposed @ dy
+
+
+matmul.defvjp(_forward, _backward)
+
+
 class Linear(nnx.Module):
     """``y[..., *outputs] = x[..., *inputs] @ w + b``, computed in the dtype of `x` with float32 parameters.
 
@@ -41,5 +61,5 @@ class Linear(nnx.Module):
         lead = x.shape[: x.ndim - len(self.input_shape)]
         rows = x.reshape(-1, math.prod(self.input_shape))
         weight = self.weight[...].astype(x.dtype).reshape(rows.shape[-1], -1)
-        y = (rows @ weight).reshape(*lead, *self.output_shape)
+        y = matmul(rows, weight).reshape(*lead, *self.output_shape)
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
