@@ -357,8 +357,7 @@ def compile_once(options: argparse.Namespace, depth: int, batch: dict[str, jax.S
 def surroundings() -> dict[str, Any]:
     """What a figure depends on besides the code."""
     device = jax.devices()[0]
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []  # Linux has it
+    lines = info.read_text().splitlines() if (info := Path("/proc/cpuinfo")).exists() else []
     cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), os.uname().machine)
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
