@@ -28,7 +28,7 @@ def read(*paths, **values):
     return list(FilesSource(paths=[str(path) for path in paths], **values).documents())
 
 
-def fault(path, content, match, **values):
+def assert_fault(path, content, match, **values):
     if isinstance(content, bytes):
         path.write_bytes(content)
     with pytest.raises(DataError, match=match) as caught:
@@ -94,18 +94,18 @@ def test_identity_follows_the_files(tmp_path):
 
 def test_missing(tmp_path):
     (tmp_path / "corpus.txt").write_text("text")
-    fault(tmp_path / "corpsu.txt", None, "no file .*; did you mean 'corpus.txt'")
-    fault(tmp_path / "none" / "a.txt", None, "there is no folder '.*none'")
-    fault(tmp_path / "*.jsonl", None, "no file matches")
+    assert_fault(tmp_path / "corpsu.txt", None, "no file .*; did you mean 'corpus.txt'")
+    assert_fault(tmp_path / "none" / "a.txt", None, "there is no folder '.*none'")
+    assert_fault(tmp_path / "*.jsonl", None, "no file matches")
     (tmp_path / "gone.txt").symlink_to(tmp_path / "nowhere")
-    fault(tmp_path / "gone.txt", None, "no file")
+    assert_fault(tmp_path / "gone.txt", None, "no file")
     with pytest.raises(DataError, match="no file"):
         FilesSource(paths=str(tmp_path / "gone.txt")).identity()
 
 
 def test_folder(tmp_path):
     (tmp_path / "folder.txt").mkdir()
-    fault(tmp_path / "folder.txt", None, r"is a folder: name files in it, such as '.*folder\.txt/\*\.txt'")
+    assert_fault(tmp_path / "folder.txt", None, r"is a folder: name files in it, such as '.*folder\.txt/\*\.txt'")
 
 
 def test_no_permission(tmp_path, monkeypatch):
@@ -115,7 +115,7 @@ def test_no_permission(tmp_path, monkeypatch):
         raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr(builtins, "open", refuse)
-    fault(tmp_path / "a.txt", None, "no permission to read")
+    assert_fault(tmp_path / "a.txt", None, "no permission to read")
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "b.txt.gz", "b.jsonl.xz", "b.jsonl.zst", "a.parquet"])
@@ -125,13 +125,13 @@ def test_empty(tmp_path, name):
         write_parquet(path, text=pyarrow.array([], pyarrow.string()))
     else:
         path.write_bytes(COMPRESS[path.suffix](b"") if name.startswith("b") else b"")
-    fault(path, None, "is empty")
+    assert_fault(path, None, "is empty")
 
 
 def test_unknown_extension(tmp_path):
-    fault(tmp_path / "a.json", b"{}", r"unknown extension '\.json'; did you mean '\.jsonl'\? valid: .*\.parquet")
-    fault(tmp_path / "a.txt.bz2", b"x", r"unknown extension '\.bz2'")
-    fault(tmp_path / "a", b"x", "unknown extension ''")
+    assert_fault(tmp_path / "a.json", b"{}", r"unknown extension '\.json'; did you mean '\.jsonl'\? valid: .*\.parquet")
+    assert_fault(tmp_path / "a.txt.bz2", b"x", r"unknown extension '\.bz2'")
+    assert_fault(tmp_path / "a", b"x", "unknown extension ''")
 
 
 @pytest.mark.parametrize(
@@ -149,30 +149,30 @@ def test_unknown_extension(tmp_path):
     ],
 )
 def test_broken_line(tmp_path, line, match):
-    fault(tmp_path / "a.jsonl", LINES + line + b"\n", match)
-    fault(tmp_path / "a.jsonl.gz", gzip.compress(LINES + line + b"\n"), match)
+    assert_fault(tmp_path / "a.jsonl", LINES + line + b"\n", match)
+    assert_fault(tmp_path / "a.jsonl.gz", gzip.compress(LINES + line + b"\n"), match)
 
 
 def test_text_that_is_not_utf8(tmp_path):
-    fault(tmp_path / "a.txt", b"abc\xe9 d", "is not UTF-8: byte 0xe9 at offset 3")
+    assert_fault(tmp_path / "a.txt", b"abc\xe9 d", "is not UTF-8: byte 0xe9 at offset 3")
 
 
 @pytest.mark.parametrize("kind", ["txt", "jsonl"])
 @pytest.mark.parametrize("compression", [".gz", ".xz", ".zst"])
 def test_truncated_or_not_compressed(tmp_path, kind, compression):
     whole = COMPRESS[compression](LINES * 100)
-    fault(tmp_path / f"a.{kind}{compression}", whole[:-6], "is truncated")
-    fault(tmp_path / f"b.{kind}{compression}", LINES, "cannot read")
+    assert_fault(tmp_path / f"a.{kind}{compression}", whole[:-6], "is truncated")
+    assert_fault(tmp_path / f"b.{kind}{compression}", LINES, "cannot read")
 
 
 def test_parquet_faults(tmp_path):
     path = tmp_path / "a.parquet"
     write_parquet(path, txt=TEXTS, text_id=[1, 2, 3])
-    fault(path, None, "has no field 'text'; did you mean 'txt'")
-    fault(path, None, "field 'text_id' is int64, expected text", text_field="text_id")
-    fault(path, path.read_bytes()[:-9], "cannot read '.*' as Parquet")
+    assert_fault(path, None, "has no field 'text'; did you mean 'txt'")
+    assert_fault(path, None, "field 'text_id' is int64, expected text", text_field="text_id")
+    assert_fault(path, path.read_bytes()[:-9], "cannot read '.*' as Parquet")
     write_parquet(path, text=["a", None])
-    fault(path, None, "row 1: field 'text' is null")
+    assert_fault(path, None, "row 1: field 'text' is null")
     broken = pyarrow.Array.from_buffers(pyarrow.string(), 1, pyarrow.array([b"\xff"]).buffers())
     write_parquet(path, text=broken)
-    fault(path, None, "is not UTF-8: field 'text'")
+    assert_fault(path, None, "is not UTF-8: field 'text'")

@@ -43,7 +43,7 @@ def tokens(batch=2, time=TIME, key=7):
     return jax.random.randint(jax.random.key(key), (batch, time), 0, VOCAB)
 
 
-def close(got, want, tolerance=1e-5):
+def assert_close(got, want, tolerance=1e-5):
     assert np.all(np.isfinite(got))
     np.testing.assert_allclose(got, want, atol=tolerance * float(np.abs(want).max()))
 
@@ -83,7 +83,7 @@ def test_prefill_and_decoding_equal_the_full_pass(encoding, reach):
         hidden, caches = run(params, ids[:, piece], context, caches)
         pieces.append(model.logits_from(params, hidden))
         start += length
-    close(jnp.concatenate(pieces, 1), want)
+    assert_close(jnp.concatenate(pieces, 1), want)
 
 
 @pytest.mark.parametrize(("encoding", "reach"), CASES)
@@ -97,7 +97,7 @@ def test_a_packed_document_is_as_if_alone(encoding, reach):
     assert np.all(np.isfinite(packed))
     start = 0
     for length in lengths:
-        close(packed[:, start : start + length], logits_of(model, params, ids[:, start : start + length]))
+        assert_close(packed[:, start : start + length], logits_of(model, params, ids[:, start : start + length]))
         start += length
 
 
@@ -136,7 +136,7 @@ def test_scan_and_rematerialisation_change_nothing(changed):
     want_loss, want = loss_and_gradient(plain, params, ids)
     loss, got = loss_and_gradient(other, params, ids)
     np.testing.assert_allclose(loss, want_loss, rtol=1e-6)
-    jax.tree.map(lambda g, w: close(g, w, 2e-5), got, want)
+    jax.tree.map(lambda g, w: assert_close(g, w, 2e-5), got, want)
 
 
 def saved_bytes(**options):
@@ -238,7 +238,7 @@ def test_channel_mixers_equal_their_formula(kind, activation):
     else:
         gate, up = (x @ params["gate_up"]["weight"][:, i] + params["gate_up"]["bias"][i] for i in (0, 1))
         hidden = functions[{"swiglu": "silu", "geglu": "gelu_tanh", "reglu": "relu"}[kind]](gate) * up
-    close(got, hidden @ params["down"]["weight"] + params["down"]["bias"])
+    assert_close(got, hidden @ params["down"]["weight"] + params["down"]["bias"])
     assert auxiliary == {}
 
 
@@ -326,8 +326,8 @@ def test_left_padding_changes_nothing():
     caches = model.init_caches(1, 24)
     run = jax.jit(model.hidden)
     hidden, caches, _ = run(params, jnp.pad(ids, ((0, 0), (6, 0))), padded, caches)
-    close(model.logits_from(params, hidden[:, 6:]), logits_of(model, params, ids))
+    assert_close(model.logits_from(params, hidden[:, 6:]), logits_of(model, params, ids))
     following = replace(rows, positions=jnp.array([[10]]), segment_ids=jnp.array([[1]]), mode="decode", packed=True)
     hidden, _, _ = run(params, jnp.array([[3]]), following, caches)
     want = logits_of(model, params, jnp.concatenate([ids, jnp.array([[3]])], 1))[:, -1:]
-    close(model.logits_from(params, hidden), want)
+    assert_close(model.logits_from(params, hidden), want)
