@@ -34,7 +34,8 @@ class AttentionSpec(MixerSpec):
         sink_logit: a learned logit per head in the softmax's denominator, so that a head may attend to nothing.
         softcap: bounds the logits by ``softcap * tanh(logit / softcap)`` (Gemma 2).
         scale: factor of the logits; None takes ``head_size ** -0.5``.
-        qk_norm: norm of each head's queries and keys, before rotation (Henry et al. 2020).
+        qk_norm: norm of queries and keys, before rotation (Henry et al. 2020).
+        qk_norm_over: ``head`` norms each head by itself, ``all`` every head's values together (OLMo 2).
         bias, output_bias: biases of the query, key and value maps, and of the output map.
         position: how order is known.
         implementation: which form of `kernels_pallas.attention` computes it.
@@ -48,8 +49,9 @@ class AttentionSpec(MixerSpec):
     kept_tokens: Natural = 0
     sink_logit: bool = False
     softcap: Positive | None = None
-    scale: Positive | None = None
+    scale: PerLayer[Positive | None] = None
     qk_norm: OneOf[NormSpec] | None = None
+    qk_norm_over: Literal["head", "all"] = "head"
     bias: bool = False
     output_bias: bool = False
     position: OneOf[PositionSpec] = RotarySpec()
@@ -63,6 +65,8 @@ class AttentionSpec(MixerSpec):
             yield "kv_heads", f"{self.kv_heads} do not divide {heads} heads; {_divisors(heads, self.kv_heads)}"
         if self.kept_tokens and self.window is None:
             yield "kept_tokens", "tokens are kept beyond a window, and there is none: set window too"
+        if self.qk_norm_over != "head" and self.qk_norm is None:
+            yield "qk_norm_over", f"'{self.qk_norm_over}' says what qk_norm is over, and there is none: set qk_norm too"
         if isinstance(self.position, RotarySpec) and self.size_per_head(width) % 2:
             yield "head_size", f"rotary positions turn pairs of values, and {self.size_per_head(width)} is odd"
 
@@ -74,13 +78,22 @@ class AttentionSpec(MixerSpec):
         """Values per head in a model of this width."""
         return self.head_size or width // self.head_count(width)
 
+    def resolved(self, width: int) -> "AttentionSpec":
+        heads = self.head_count(width)
+        sizes = {"heads": heads, "kv_heads": self.kv_heads or heads, "head_size": self.size_per_head(width)}
+        return self.model_copy(update=sizes)
+
     def build(self, width: int, init: Initialization) -> nnx.Module:
         return Attention(self, width, init)
 
     def flops_per_token(self, width: int, context_length: int) -> float:
         heads, size = self.head_count(width), self.size_per_head(width)
         projections = 2 * width * size * (2 * heads + 2 * (self.kv_heads or heads))
-        return projections + 4 * heads * size * self._mean_seen(context_length)
+        return projections + 2 * heads * (size + self.value_size(width)) * self._mean_seen(context_length)
+
+    def value_size(self, width: int) -> int:
+        """Values that each query head gathers from every token it sees."""
+        return self.size_per_head(width)
 
     def _mean_seen(self, context_length: int) -> float:
         """Tokens that one token attends to, averaged over the sequence."""
@@ -105,10 +118,14 @@ class Attention(nnx.Module):
         self.query = Linear(embed, heads, init=init, bias=spec.bias)
         self.key_value = Linear(embed, pair, init=init, bias=spec.bias, batch=1)
         self.output = Linear(heads, embed, init=init, bias=spec.output_bias, residual=True)
-        self.query_norm = spec.qk_norm and spec.qk_norm.build(self.size, "head_dim")
-        self.key_norm = spec.qk_norm and spec.qk_norm.build(self.size, "head_dim")
+        self.query_norm = self._norm({"heads": count})
+        self.key_norm = self._norm({"kv_heads": self.kv_heads})
         self.sinks = parameter({"heads": count}, ZEROS) if spec.sink_logit else None
         self.position = spec.position.build(count, self.size)
+
+    def _norm(self, heads: dict[str, int]) -> nnx.Module | None:
+        over = heads if self.spec.qk_norm_over == "all" else {}
+        return self.spec.qk_norm and self.spec.qk_norm.build({**over, "head_dim": self.size})
 
     def __call__(self, x: jax.Array, context: Context, cache: Cache | None = None) -> tuple[jax.Array, Cache | None]:
         """`x [batch, time, width]` → the same shape and dtype, and the cache with these tokens added."""
