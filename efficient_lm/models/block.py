@@ -48,6 +48,11 @@ class BlockSpec(Spec):
             if half is not None:
                 yield from ((f"{name}.{key}", message) for key, message in half.faults(width))
 
+    def resolved(self, width: int) -> "BlockSpec":
+        """The same with every size that follows from the width filled in."""
+        halves = {"mixer": self.mixer, "ffn": self.ffn}
+        return self.model_copy(update={name: half and half.resolved(width) for name, half in halves.items()})
+
     def build(self, width: int, init: Initialization) -> "Block":
         return Block(self, width, init)
 

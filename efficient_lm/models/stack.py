@@ -124,6 +124,16 @@ class Stack:
             for number, (part, period) in enumerate(zip(self.segments, self.periods, strict=True))
         }
 
+    @property
+    def places(self) -> list[tuple[str, str, int]]:
+        """Where the parameters of each layer are: segment, place in its period, index along the axis `layers`."""
+        return [
+            (f"segment_{number}", f"layer_{place}", repeat)
+            for number, part in enumerate(self.segments)
+            for repeat in range(part.repeats)
+            for place in range(len(part.period))
+        ]
+
     def __call__(
         self, params: Parameters, x: jax.Array, context: Context, caches: Caches | None = None
     ) -> tuple[jax.Array, Caches | None, Auxiliary]:

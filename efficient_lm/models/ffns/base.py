@@ -22,6 +22,10 @@ class FFNSpec(Choice, role="ffn"):
         """What cannot work in a model of this width: pairs of (key, message)."""
         return iter(())
 
+    def resolved(self, width: int) -> "FFNSpec":
+        """The same with every size that follows from the width filled in."""
+        return self
+
     def build(self, width: int, init: Initialization) -> nnx.Module:
         """The module, called as ``ffn(x, context)``."""
         raise TypeError(f"{type(self).__name__} does not define build")

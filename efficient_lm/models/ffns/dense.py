@@ -58,6 +58,10 @@ class DenseSpec(FFNSpec):
         """Hidden units in a model of this width; an `expansion` is rounded to a multiple of 8."""
         return self.hidden or max(8, round(self.expansion * width / 8) * 8)
 
+    def resolved(self, width: int) -> "DenseSpec":
+        hidden = self.hidden_size(width)
+        return self.model_copy(update={"hidden": hidden, "expansion": hidden / width})
+
     def build(self, width: int, init: Initialization) -> nnx.Module:
         return Dense(self, width, init)
 

@@ -24,6 +24,10 @@ class MixerSpec(Choice, role="mixer"):
         """What cannot work in a model of this width: pairs of (key, message)."""
         return iter(())
 
+    def resolved(self, width: int) -> "MixerSpec":
+        """The same with every size that follows from the width filled in."""
+        return self
+
     def build(self, width: int, init: Initialization) -> nnx.Module:
         """The module, with methods ``__call__(x, context, cache)`` and ``init_cache(batch, length, dtype)``."""
         raise TypeError(f"{type(self).__name__} does not define build")

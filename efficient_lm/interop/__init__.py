@@ -1,0 +1,1 @@
+"""Published formats, in and out: Hugging Face folders and GGUF files."""

@@ -1,0 +1,156 @@
+"""The language in which a family says how its tensors are ours, once for both directions.
+
+A published tensor is made of one or several of our parameters. Each of these is seen through a *view* of our array that
+has the published layout (a transpose, a cut, a reshape, never a copy); reading assigns to the views, writing reads from
+them. Which axes of a parameter are inputs and which are outputs, its declaration knows.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, Protocol
+
+import numpy as np
+
+from efficient_lm.models.parameters import Declaration
+
+
+Layout = Literal["torch", "conv1d", "vector", "same"]
+"""How a parameter is stored: ``[out, in]`` as torch's Linear, ``[in, out]``, flattened to one axis, or as ours is."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """One of our parameters, or one of the matrices that lie side by side in it.
+
+    Attributes:
+        path: dotted, within a layer or the model.
+        pick: index along the axis that batches matrices (keys and values, gate and up); None takes all.
+    """
+
+    path: str
+    pick: int | None = None
+
+    def view(self, array: np.ndarray, declared: Declaration, layout: Layout) -> np.ndarray:
+        """The array in the published layout; never a copy."""
+        inputs = len(declared.matrix[0]) if declared.matrix else 0
+        if self.pick is not None:
+            array = array[(slice(None),) * inputs + (self.pick,)]
+        if layout == "same":
+            return array
+        if layout == "vector":
+            return array.reshape(-1, copy=False)
+        flat = array.reshape(math.prod(array.shape[:inputs]), -1, copy=False)
+        return flat.T if layout == "torch" else flat
+
+
+class Join(Protocol):
+    """How several of our parameters make one published tensor."""
+
+    def shape(self, parts: Sequence[np.ndarray], declared: Declaration) -> tuple[int, ...]:
+        """Shape of the published tensor."""
+
+    def split(self, tensor: np.ndarray, parts: Sequence[np.ndarray], declared: Declaration) -> Iterator[np.ndarray]:
+        """A view of the published tensor for each part, which may cut the part's axes further."""
+
+
+class Whole:
+    """One parameter, one tensor."""
+
+    def shape(self, parts: Sequence[np.ndarray], declared: Declaration) -> tuple[int, ...]:
+        return parts[0].shape
+
+    def split(self, tensor: np.ndarray, parts: Sequence[np.ndarray], declared: Declaration) -> Iterator[np.ndarray]:
+        yield tensor
+
+
+class Concatenated:
+    """One after the other along the last axis."""
+
+    def shape(self, parts: Sequence[np.ndarray], declared: Declaration) -> tuple[int, ...]:
+        return (*parts[0].shape[:-1], sum(part.shape[-1] for part in parts))
+
+    def split(self, tensor: np.ndarray, parts: Sequence[np.ndarray], declared: Declaration) -> Iterator[np.ndarray]:
+        start = 0
+        for part in parts:
+            yield tensor[..., start : start + part.shape[-1]]
+            start += part.shape[-1]
+
+
+class InterleavedByHead:
+    """For each head, its rows of the first parameter, then of the second, and so on."""
+
+    def shape(self, parts: Sequence[np.ndarray], declared: Declaration) -> tuple[int, ...]:
+        return (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
+
+    def split(self, tensor: np.ndarray, parts: Sequence[np.ndarray], declared: Declaration) -> Iterator[np.ndarray]:
+        heads = declared.shape[declared.axes.index("heads")]
+        grouped = tensor.reshape(heads, len(parts), -1, *tensor.shape[1:], copy=False)
+        for index in range(len(parts)):
+            yield grouped[:, index]
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A published tensor.
+
+    Attributes:
+        name: in the published format; in a layer, what follows the layer's prefix.
+        sources: what it is made of.
+        layout: of each of them.
+        join: how they make one.
+        aliases: other names it is published under.
+    """
+
+    name: str
+    sources: tuple[Source, ...]
+    layout: Layout
+    join: Join = Whole()
+    aliases: tuple[str, ...] = ()
+
+    def prefixed(self, prefix: str) -> "Tensor":
+        """The same with a prefix to its names."""
+        return replace(self, name=prefix + self.name, aliases=tuple(prefix + alias for alias in self.aliases))
+
+    def views(self, arrays: Sequence[np.ndarray], declared: Sequence[Declaration]) -> list[np.ndarray]:
+        """Each source in the published layout."""
+        return [
+            source.view(array, declaration, self.layout)
+            for source, array, declaration in zip(self.sources, arrays, declared, strict=True)
+        ]
+
+    def pairs(
+        self, tensor: np.ndarray, views: Sequence[np.ndarray], declared: Sequence[Declaration]
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """(view of ours, view of `tensor`) of equal shape, which together cover the tensor."""
+        for ours, theirs in zip(views, self.join.split(tensor, views, declared[0]), strict=True):
+            yield ours.reshape(theirs.shape, copy=False), theirs
+
+
+def linear(theirs: str, ours: str, pick: int | None = None) -> tuple[Tensor, Tensor]:
+    """Weight and bias of a linear map, as torch's Linear stores them."""
+    return (
+        Tensor(f"{theirs}.weight", (Source(f"{ours}.weight", pick),), "torch"),
+        Tensor(f"{theirs}.bias", (Source(f"{ours}.bias", pick),), "vector"),
+    )
+
+
+def fused(
+    theirs: str, ours: Sequence[tuple[str, int | None]], layout: Layout, join: Join = Whole()
+) -> tuple[Tensor, Tensor]:
+    """Weight and bias of one or several linear maps (path, pick) of one input, stored as one."""
+    weights, biases = (tuple(Source(f"{path}.{part}", pick) for path, pick in ours) for part in ("weight", "bias"))
+    return Tensor(f"{theirs}.weight", weights, layout, join), Tensor(f"{theirs}.bias", biases, "vector", join)
+
+
+def norm(theirs: str, ours: str) -> tuple[Tensor, Tensor]:
+    """Scale and bias of a norm."""
+    return (
+        Tensor(f"{theirs}.weight", (Source(f"{ours}.scale"),), "vector"),
+        Tensor(f"{theirs}.bias", (Source(f"{ours}.bias"),), "vector"),
+    )
+
+
+def table(theirs: str, ours: str, layout: Layout = "same", aliases: Sequence[str] = ()) -> tuple[Tensor]:
+    """A parameter by itself: an embedding, a head, a vector."""
+    return (Tensor(theirs, (Source(ours),), layout, aliases=tuple(aliases)),)

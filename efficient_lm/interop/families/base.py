@@ -1,0 +1,110 @@
+"""What a family says of itself."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from efficient_lm.errors import CheckpointError, ConfigError
+from efficient_lm.interop.description import Tensor
+from efficient_lm.interop.keys import Binding, Config, Draft, Inexpressible, Layers, Only, merged
+from efficient_lm.models.language_model import ModelSpec
+from efficient_lm.validation import validate
+
+IGNORED_BY_OURS = ("remat", "remat_names", "scan", "init_std", "embedding_std", "implementation", "lambda_std")
+"""Values of a spec that do not change what a model with given parameters computes."""
+
+_ALWAYS = (
+    Only("quantization_config", (None,)),
+    Only("is_encoder_decoder", (False,), False),
+)
+
+
+@dataclass(frozen=True)
+class Family:
+    """A published family of models: how its config and its tensors are ours.
+
+    Attributes:
+        model_type, architecture: how config.json names it.
+        model, block: values of the spec that all its models share.
+        keys: bindings of config.json, in the order in which they are read.
+        tensors: of the model.
+        layer_tensors: of each layer, below the prefix `layer`.
+        layer: prefix of a layer's tensors, ``model.layers.{}.``.
+        prefix: of the base model; folders saved from the base model leave it out.
+        dropouts: keys of dropout rates, which training here does not apply.
+        ignored: patterns of tensors that are no parameters.
+    """
+
+    model_type: str
+    architecture: str
+    model: Config
+    block: Config
+    keys: tuple[Binding, ...]
+    tensors: tuple[Tensor, ...]
+    layer_tensors: tuple[Tensor, ...]
+    layer: str = "model.layers.{}."
+    prefix: str = "model."
+    dropouts: tuple[str, ...] = ("attention_dropout",)
+    ignored: tuple[str, ...] = (r"rotary_emb\.inv_freq$",)
+
+    def spec(self, config: Config) -> ModelSpec:
+        """The spec of a config.
+
+        Raises:
+            ConfigError: an option that cannot be expressed.
+            CheckpointError: a missing or malformed value.
+        """
+        draft = Draft(merged({}, self.model), merged({}, self.block))
+        for binding in (*_ALWAYS, *self.keys):
+            binding.read(config, draft)
+        try:
+            return validate(ModelSpec, draft.values(), "model")
+        except ConfigError as error:
+            raise CheckpointError(f"{self.model_type} config: {error}") from error
+
+    def config(self, spec: ModelSpec) -> Config:
+        """The config of a spec, which read again gives the same model.
+
+        Raises:
+            Inexpressible: the family has no words for some value.
+        """
+        config: Config = {"model_type": self.model_type, "architectures": [self.architecture]}
+        layers = Layers(spec)
+        for binding in self.keys:
+            binding.write(layers, config)
+        try:
+            again = self.spec(config)
+        except (ConfigError, CheckpointError) as error:
+            raise Inexpressible(str(error)) from error
+        ours, theirs = essence(spec), essence(again)
+        if ours != theirs:
+            raise Inexpressible(*_first_difference(ours, theirs))
+        return config
+
+    def applied_dropouts(self, config: Config) -> list[str]:
+        """Dropout rates of a config that are not zero."""
+        return [name for name in self.dropouts if config.get(name)]
+
+
+def essence(spec: ModelSpec) -> Config:
+    """What a spec computes, as plain values: each layer with its defaults filled in, training's choices left out."""
+    layers = Layers(spec)
+    model = {name: value for name, value in layers.model.items() if name not in ("blocks", "layout", "repeats")}
+    return _without({**model, "layers": layers.layers})
+
+
+def _without(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _without(inner) for name, inner in value.items() if name not in IGNORED_BY_OURS}
+    return [_without(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _first_difference(ours: Any, theirs: Any, path: str = "") -> tuple[str, Any, Any]:
+    if isinstance(ours, dict) and isinstance(theirs, dict):
+        for name in {**ours, **theirs}:
+            if ours.get(name) != theirs.get(name):
+                return _first_difference(ours.get(name), theirs.get(name), f"{path}.{name}".lstrip("."))
+    if isinstance(ours, list) and isinstance(theirs, list) and len(ours) == len(theirs):
+        for index, (left, right) in enumerate(zip(ours, theirs, strict=True)):
+            if left != right:
+                return _first_difference(left, right, f"{path}[{index}]")
+    return path, ours, theirs

@@ -1,0 +1,68 @@
+"""Llama (Touvron et al. 2023), and what its many relatives share with it."""
+
+from efficient_lm.interop.description import Tensor, linear, norm, table
+from efficient_lm.interop.families.base import Family
+from efficient_lm.interop.keys import GATED, Binding, Depth, Named, Spread, key
+from efficient_lm.interop.rotary import Rotary
+
+RMS = {"kind": "rmsnorm"}
+MODEL = {"final_norm": RMS}
+BLOCK = {"mixer": {"kind": "attention"}, "norm": RMS}
+
+TENSORS: tuple[Tensor, ...] = (
+    *table("model.embed_tokens.weight", "embedding.tokens"),
+    *norm("model.norm", "head.norm"),
+    *table("lm_head.weight", "head.weight", "torch"),
+)
+ATTENTION: tuple[Tensor, ...] = (
+    *linear("self_attn.q_proj", "mixer.inner.query"),
+    *linear("self_attn.k_proj", "mixer.inner.key_value", 0),
+    *linear("self_attn.v_proj", "mixer.inner.key_value", 1),
+    *linear("self_attn.o_proj", "mixer.inner.output"),
+)
+QK_NORM: tuple[Tensor, ...] = (
+    *norm("self_attn.q_norm", "mixer.inner.query_norm"),
+    *norm("self_attn.k_norm", "mixer.inner.key_norm"),
+)
+GATED_MLP: tuple[Tensor, ...] = (
+    *linear("mlp.gate_proj", "ffn.inner.gate_up", 0),
+    *linear("mlp.up_proj", "ffn.inner.gate_up", 1),
+    *linear("mlp.down_proj", "ffn.inner.down"),
+)
+PRE_NORMS: tuple[Tensor, ...] = (
+    *norm("input_layernorm", "mixer.input_norm"),
+    *norm("post_attention_layernorm", "ffn.input_norm"),
+)
+
+
+def shape(vocab: int, width: int, heads: int, kv_heads: int | None, hidden: int) -> tuple[Binding, ...]:
+    """Sizes that all relatives name alike, with the defaults of a family."""
+    return (
+        key("vocab_size", "vocab_size", default=vocab),
+        key("hidden_size", "width", default=width),
+        key("num_attention_heads", "block.mixer.heads", default=heads),
+        key("num_key_value_heads", "block.mixer.kv_heads", default=kv_heads),
+        key("intermediate_size", "block.ffn.hidden", default=hidden),
+    )
+
+
+FAMILY = Family(
+    model_type="llama",
+    architecture="LlamaForCausalLM",
+    model=MODEL,
+    block=BLOCK,
+    keys=(
+        *shape(32000, 4096, 32, None, 11008),
+        Depth("num_hidden_layers", 32),
+        key("head_dim", "block.mixer.head_size", default=None),
+        Named("hidden_act", GATED, "silu"),
+        key("rms_norm_eps", "final_norm.epsilon", "block.norm.epsilon", default=1e-6),
+        key("attention_bias", "block.mixer.bias", "block.mixer.output_bias", default=False),
+        key("mlp_bias", "block.ffn.bias", default=False),
+        key("tie_word_embeddings", "tied", default=False),
+        Rotary(),
+        Spread(),
+    ),
+    tensors=TENSORS,
+    layer_tensors=(*ATTENTION, *GATED_MLP, *PRE_NORMS),
+)

@@ -1,0 +1,258 @@
+"""The language in which a family says how its config is ours, once for both directions.
+
+A *binding* ties keys of a published config to values of a `ModelSpec`. Reading fills a `Draft` of the spec; writing
+takes from the spec's layers what all of them have in common. A spec that was written is read again and compared, so
+that a family which cannot express a model never pretends to.
+"""
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from efficient_lm.errors import CheckpointError, ConfigError, nearest
+from efficient_lm.models.language_model import ModelSpec
+
+Config = dict[str, Any]
+REQUIRED = object()
+
+
+class Inexpressible(Exception):
+    """A family's config has no words for a value of a spec: ``Inexpressible(path, value)``."""
+
+
+@dataclass
+class Draft:
+    """A `ModelSpec` in the making: plain values.
+
+    Attributes:
+        model: values of the model.
+        block: values of every block.
+        kinds: further values of each kind of block, by name.
+        layout: name of the block of each layer.
+    """
+
+    model: Config
+    block: Config
+    kinds: dict[str, Config] = field(default_factory=lambda: {"layer": {}})
+    layout: list[str] = field(default_factory=list)
+
+    def put(self, path: str, value: Any) -> None:
+        """Set ``block.mixer.heads`` (in every block) or ``width`` (of the model)."""
+        scope, _, rest = path.partition(".")
+        put(*((self.block, rest) if scope == "block" else (self.model, path)), value)
+
+    def values(self) -> Config:
+        """What `ModelSpec` validates."""
+        used = list(dict.fromkeys(self.layout))
+        names = {name: name for name in used} if len(used) > 1 else {used[0]: "layer"}
+        blocks = {names[name]: merged(self.block, self.kinds[name]) for name in used}
+        layout, repeats = period([names[name] for name in self.layout])
+        return {**self.model, "blocks": blocks, "layout": layout, "repeats": repeats}
+
+
+class Layers:
+    """A spec seen from a config: its plain values, and those of each layer with defaults filled in."""
+
+    def __init__(self, spec: ModelSpec):
+        self.spec = spec
+        self.model = spec.dump()
+        self.layers = [layer.resolved(spec.width).dump() for layer in spec.layers()]
+
+    def get(self, path: str) -> Any:
+        """A value of the model, or one that all layers share. Raises `Inexpressible`."""
+        scope, _, rest = path.partition(".")
+        if scope != "block":
+            return get(self.model, path)
+        values = self.each(rest)
+        if any(value != values[0] for value in values):
+            raise Inexpressible(path, values)
+        return values[0]
+
+    def each(self, path: str) -> list[Any]:
+        """A value of each layer."""
+        return [get(layer, path) for layer in self.layers]
+
+
+class Binding(Protocol):
+    """Ties some keys of a config to some values of a spec."""
+
+    def read(self, config: Config, draft: Draft) -> None:
+        """Fill the draft from a config. Raises `ConfigError` for what cannot be expressed."""
+
+    def write(self, layers: Layers, config: Config) -> None:
+        """Fill a config from a spec. Raises `Inexpressible`."""
+
+
+@dataclass(frozen=True)
+class Key:
+    """One key, one value (at one or several paths that always agree).
+
+    Attributes:
+        default: of a config that does not have the key.
+        to, back: between published value and ours.
+    """
+
+    name: str
+    paths: tuple[str, ...]
+    default: Any = REQUIRED
+    to: Callable[[Any], Any] = lambda value: value
+    back: Callable[[Any], Any] = lambda value: value
+
+    def read(self, config: Config, draft: Draft) -> None:
+        value = self.to(lookup(config, self.name, self.default))
+        for path in self.paths:
+            draft.put(path, copy.deepcopy(value))
+
+    def write(self, layers: Layers, config: Config) -> None:
+        config[self.name] = self.back(layers.get(self.paths[0]))
+
+
+def key(name: str, *paths: str, default: Any = REQUIRED, **convert: Callable[[Any], Any]) -> Key:
+    """``key("hidden_size", "width", default=4096)``."""
+    return Key(name, paths, default, **convert)
+
+
+@dataclass(frozen=True)
+class Only:
+    """A key that changes the numbers and of which only some values can be expressed; `values[0]` is written."""
+
+    name: str
+    values: tuple[Any, ...]
+    default: Any = None
+
+    def read(self, config: Config, draft: Draft) -> None:
+        value = config.get(self.name, self.default)
+        if value not in self.values:
+            shown = " or ".join(str(allowed) for allowed in self.values)
+            raise ConfigError(f"{self.name}: {value!r} is not supported; {shown} is")
+
+    def write(self, layers: Layers, config: Config) -> None:
+        config[self.name] = self.values[0]
+
+
+@dataclass(frozen=True)
+class Named:
+    """A key whose values are names, each standing for values of ours: ``{"silu": {"block.ffn.kind": "swiglu"}}``.
+
+    Of several names with one meaning, the first is written.
+    """
+
+    name: str
+    meanings: Mapping[str, Mapping[str, Any]]
+    default: str
+
+    def read(self, config: Config, draft: Draft) -> None:
+        value = config.get(self.name, self.default)
+        if value not in self.meanings:
+            raise ConfigError(f"{self.name}: {value!r} is not supported; {nearest(str(value), self.meanings)}")
+        for path, ours in self.meanings[value].items():
+            draft.put(path, ours)
+
+    def write(self, layers: Layers, config: Config) -> None:
+        for name, meaning in self.meanings.items():
+            if all(layers.get(path) == ours for path, ours in meaning.items()):
+                config[self.name] = name
+                return
+        path = next(iter(self.meanings[self.default]))
+        raise Inexpressible(path, layers.get(path))
+
+
+@dataclass(frozen=True)
+class Depth:
+    """The number of layers, all of one kind."""
+
+    name: str
+    default: int
+
+    def read(self, config: Config, draft: Draft) -> None:
+        draft.layout = ["layer"] * count(config, self.name, self.default)
+
+    def write(self, layers: Layers, config: Config) -> None:
+        config[self.name] = len(layers.layers)
+
+
+@dataclass(frozen=True)
+class Spread:
+    """`initializer_range`, the standard deviation of every fresh matrix."""
+
+    name: str = "initializer_range"
+    default: float = 0.02
+
+    def read(self, config: Config, draft: Draft) -> None:
+        value = config.get(self.name, self.default)
+        # Published models are read whole; a spread of zero, which some state, could start nothing new.
+        draft.model |= {"init_std": value, "embedding_std": value} if value else {}
+
+    def write(self, layers: Layers, config: Config) -> None:
+        config[self.name] = layers.spec.init_std or self.default
+
+
+GATED = {
+    "silu": {"block.ffn.kind": "swiglu"},
+    "swish": {"block.ffn.kind": "swiglu"},
+    "gelu_pytorch_tanh": {"block.ffn.kind": "geglu", "block.ffn.approximate": True},
+    "gelu_new": {"block.ffn.kind": "geglu", "block.ffn.approximate": True},
+    "gelu": {"block.ffn.kind": "geglu", "block.ffn.approximate": False},
+    "relu": {"block.ffn.kind": "reglu"},
+}
+"""Activation of a gated channel mixer → our kind."""
+
+PLAIN = {
+    theirs: {"block.ffn.activation": ours}
+    for theirs, ours in {
+        "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh",
+        "relu": "relu", "relu2": "relu_squared", "silu": "silu", "swish": "silu",
+    }.items()
+}  # fmt: skip
+"""Activation of a plain channel mixer → ours."""
+
+
+def lookup(config: Config, name: str, default: Any = REQUIRED) -> Any:
+    """A value of a config. Raises `CheckpointError` for a missing key that has no default."""
+    if name in config:
+        return config[name]
+    if default is REQUIRED:
+        raise CheckpointError(f"no key '{name}'; {nearest(name, config)}")
+    return default
+
+
+def count(config: Config, name: str, default: Any = REQUIRED) -> int:
+    """A whole number of at least one. Raises `CheckpointError`."""
+    value = lookup(config, name, default)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise CheckpointError(f"{name}: {value!r} is not a whole number of at least one")
+    return value
+
+
+def put(values: Config, path: str, value: Any) -> None:
+    """Set a dotted path, making mappings on the way."""
+    *above, last = path.split(".")
+    for name in above:
+        values = values.setdefault(name, {})
+    values[last] = value
+
+
+def get(values: Any, path: str) -> Any:
+    """The value at a dotted path; None where there is nothing."""
+    for name in path.split("."):
+        values = values.get(name) if isinstance(values, Mapping) else None
+    return values
+
+
+def merged(first: Config, second: Config) -> Config:
+    """Two nested mappings, of which the second prevails."""
+    both = copy.deepcopy(first)
+    for name, value in second.items():
+        inner = both.get(name)
+        both[name] = merged(inner, value) if isinstance(inner, dict) and isinstance(value, dict) else value
+    return both
+
+
+def period(layout: Sequence[str]) -> tuple[list[str], int]:
+    """The shortest layout, and how often it repeats."""
+    for length in range(1, len(layout) + 1):
+        repeats, rest = divmod(len(layout), length)
+        if not rest and list(layout[:length]) * repeats == list(layout):
+            return list(layout[:length]), repeats
+    return list(layout), 1

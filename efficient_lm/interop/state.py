@@ -1,0 +1,201 @@
+"""Parameters from published tensors and back, by the description of a family."""
+
+import logging
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import ml_dtypes  # noqa: F401  (numpy learns to cast bfloat16)
+import numpy as np
+
+from efficient_lm.errors import CheckpointError, nearest
+from efficient_lm.interop.description import Tensor, Whole
+from efficient_lm.interop.families.base import Family
+from efficient_lm.interop.tensors import DTYPES, TensorSource
+from efficient_lm.models.language_model import LanguageModel
+from efficient_lm.models.parameters import Declaration, Parameters, map_declarations, parameter_table
+
+log = logging.getLogger(__name__)
+
+CHUNK_BYTES = 1 << 26
+"""Read at a time; a tensor of several of our parameters is read whole."""
+
+_ALIGNMENT = 64
+"""Bytes; XLA takes host memory so aligned as its own, without a copy."""
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A parameter in the tree: its path, and for a layer its index along the axis `layers`."""
+
+    path: str
+    index: int | None
+    declared: Declaration
+
+    def array(self, arrays: dict[str, np.ndarray]) -> np.ndarray:
+        whole = arrays[self.path]
+        return whole if self.index is None else whole[self.index]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A published tensor of one model, and the parameters it is made of."""
+
+    tensor: Tensor
+    places: tuple[_Place, ...]
+
+    def views(self, arrays: dict[str, np.ndarray]) -> list[np.ndarray]:
+        return self.tensor.views([place.array(arrays) for place in self.places], self.declared)
+
+    @property
+    def declared(self) -> list[Declaration]:
+        return [place.declared for place in self.places]
+
+
+def entries(family: Family, model: LanguageModel) -> list[Entry]:
+    """Every published tensor that a model of this family has, in order: those whose parameters the model has.
+
+    Raises:
+        CheckpointError: a parameter of the model that the family has no tensor for.
+    """
+    table = dict(parameter_table(model.declarations))
+    found = _entries(family.tensors, {path: _Place(path, None, declared) for path, declared in table.items()})
+    for number, (segment, layer, index) in enumerate(model.stack.places):
+        prefix = f"stack.{segment}.{layer}."
+        places = {
+            path.removeprefix(prefix): _Place(path, index, _unstacked(declared))
+            for path, declared in table.items()
+            if path.startswith(prefix)
+        }
+        tensors = [tensor.prefixed(family.layer.format(number)) for tensor in family.layer_tensors]
+        found += _entries(tensors, places)
+    covered = {place.path for entry in found for place in entry.places}
+    for path in table:
+        if path not in covered:
+            raise CheckpointError(f"model_type {family.model_type}: has no tensor for the parameter '{path}'")
+    return found
+
+
+def _entries(tensors: Sequence[Tensor], places: dict[str, _Place]) -> list[Entry]:
+    return [
+        Entry(tensor, tuple(places[source.path] for source in tensor.sources))
+        for tensor in tensors
+        if all(source.path in places for source in tensor.sources)
+    ]
+
+
+def _unstacked(declared: Declaration) -> Declaration:
+    matrix = declared.matrix and tuple(tuple(axis - 1 for axis in side) for side in declared.matrix)
+    return Declaration(declared.shape[1:], declared.axes[1:], declared.decay, matrix, declared.initializer)
+
+
+def read_parameters(family: Family, model: LanguageModel, source: TensorSource, where: str) -> Parameters:
+    """float32 parameters on the default device. Peak host memory: the parameters and one piece of a tensor.
+
+    Raises:
+        CheckpointError: a tensor that is missing, unexpected, or of another shape.
+    """
+    arrays = {path: _aligned(declared.shape) for path, declared in parameter_table(model.declarations)}
+    names = Names(family, source, where)
+    for entry in entries(family, model):
+        _read(entry, arrays, source, names.take(entry.tensor), where)
+    names.check_all_taken()
+    # Moved one by one: on an accelerator, each host array is freed when its copy has arrived.
+    return map_declarations_with_path(lambda path, _: _on_device(arrays.pop(path)), model.declarations)
+
+
+class Names:
+    """Which of a source's tensors is which of ours: some are published without the base model's prefix."""
+
+    def __init__(self, family: Family, source: TensorSource, where: str):
+        self._family, self._source, self._where = family, source, where
+        self._left = set(source.shapes)
+        based = any(name.startswith(family.prefix) for name in source.shapes)
+        self._strip = "" if based else family.prefix
+
+    def find(self, tensor: Tensor) -> str | None:
+        """The name a tensor has in the source; None if it is not there."""
+        candidates = (tensor.name, *tensor.aliases)
+        return next((n for c in candidates if (n := c.removeprefix(self._strip)) in self._source.shapes), None)
+
+    def take(self, tensor: Tensor) -> str:
+        """`find`, of a tensor that must be there. Raises `CheckpointError`."""
+        name = self.find(tensor)
+        if name is None:
+            missing = tensor.name.removeprefix(self._strip)
+            raise CheckpointError(f"{self._where}: no tensor '{missing}'; {nearest(missing, sorted(self._left))}")
+        self._left.discard(name)
+        return name
+
+    def drop(self, name: str) -> None:
+        """A tensor that is known to be superfluous."""
+        self._left.discard(name)
+
+    def check_all_taken(self) -> None:
+        """Raises `CheckpointError` for a tensor that belongs to nothing."""
+        ignored = [re.compile(pattern) for pattern in self._family.ignored]
+        for name in sorted(self._left):
+            if not any(pattern.search(name) for pattern in ignored):
+                more = len(self._left) - 1
+                raise CheckpointError(
+                    f"{self._where}: unexpected tensor '{name}'{f' and {more} more' if more else ''}: "
+                    f"a {self._family.model_type} model with this config.json does not have it"
+                )
+
+
+def _read(entry: Entry, arrays: dict[str, np.ndarray], source: TensorSource, name: str, where: str) -> None:
+    views = entry.views(arrays)
+    wanted, found = entry.tensor.join.shape(views, entry.declared[0]), tuple(source.shapes[name])
+    if found != wanted:
+        raise CheckpointError(f"{where}: '{name}' has the shape {list(found)}, and config.json makes it {list(wanted)}")
+    if isinstance(entry.tensor.join, Whole):
+        rows = max(1, CHUNK_BYTES // max(views[0][:1].nbytes, 1))
+        for start in range(0, wanted[0], rows):
+            stop = min(start + rows, wanted[0])
+            views[0][start:stop] = source.read(name, start, stop)
+        return
+    tensor = source.read(name)
+    for ours, theirs in entry.tensor.pairs(tensor, views, entry.declared):
+        ours[...] = theirs
+
+
+def published(family: Family, model: LanguageModel, params: Parameters) -> Iterator[tuple[str, np.ndarray]]:
+    """Name and float32 array of every tensor, one at a time; works for gradients as well."""
+    arrays = {path: np.asarray(leaf) for path, leaf in parameter_paths(params).items()}
+    for entry in entries(family, model):
+        views = entry.views(arrays)
+        tensor = np.empty(entry.tensor.join.shape(views, entry.declared[0]), np.float32)
+        for ours, theirs in entry.tensor.pairs(tensor, views, entry.declared):
+            theirs[...] = ours
+        yield entry.tensor.name, tensor
+
+
+def cast_exactly(tensor: np.ndarray, dtype: str) -> np.ndarray:
+    """The tensor in `dtype` if that changes no value, and otherwise in float32."""
+    with np.errstate(over="ignore"):
+        narrow = tensor.astype(DTYPES[dtype])
+    return narrow if np.array_equal(narrow.astype(np.float32), tensor, equal_nan=True) else tensor
+
+
+def parameter_paths(params: Parameters) -> dict[str, Any]:
+    """Dotted path → leaf."""
+    return {".".join(step.key for step in path): leaf for path, leaf in jax.tree.leaves_with_path(params)}
+
+
+def map_declarations_with_path(function: Any, declarations: Parameters) -> Parameters:
+    """Apply ``function(path, declaration)`` to every declaration of a nested dict."""
+    paths = iter([path for path, _ in parameter_table(declarations)])
+    return map_declarations(lambda declared: function(next(paths), declared), declarations)
+
+
+def _aligned(shape: tuple[int, ...]) -> np.ndarray:
+    size = int(np.prod(shape)) * 4
+    raw = np.empty(size + _ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % _ALIGNMENT
+    return raw[start : start + size].view(np.float32).reshape(shape)
+
+
+def _on_device(array: np.ndarray) -> jax.Array:
+    return jax.device_put(array, jax.local_devices()[0], may_alias=True)
