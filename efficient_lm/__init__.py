@@ -1,14 +1,15 @@
 """Efficient language-model architectures in JAX: trained, compared and cut to size, straight from a config.
 
-``load`` opens a run for logits, loss, generation and evaluation; the command line does everything else.
+``load`` opens a run or a published model for logits, loss, generation and evaluation, ``from_hf`` and ``from_gguf``
+a published one; the command line does everything else.
 """
 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from efficient_lm.api import Model, load
+    from efficient_lm.api import Model, from_gguf, from_hf, load
 
-__all__ = ["Model", "load"]
+__all__ = ["Model", "from_gguf", "from_hf", "load"]
 
 
 def __getattr__(name: str) -> Any:

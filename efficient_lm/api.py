@@ -1,4 +1,4 @@
-"""The Python interface: a trained model with its tokenizer."""
+"""The Python interface: a model with its tokenizer, trained here or published elsewhere."""
 
 from collections.abc import Iterator, Sequence
 from functools import cached_property
@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from efficient_lm.composition import compose
 from efficient_lm.config import RunConfig, read_config, save_config
 from efficient_lm.data.dataset import DataSpec, document_batches
 from efficient_lm.data.sources import FilesSource
@@ -17,6 +18,8 @@ from efficient_lm.errors import CheckpointError
 from efficient_lm.evaluation.bits_per_byte import evaluate, make_scorer
 from efficient_lm.inference.decoding import Decoder
 from efficient_lm.inference.sampling import SamplingSpec
+from efficient_lm.interop.hugging_face import Origin, check_free, write_folder
+from efficient_lm.interop.sources import Published, is_published, open_published
 from efficient_lm.models.context import Context
 from efficient_lm.models.parameters import Parameters
 from efficient_lm.objectives.base import ObjectiveSpec
@@ -28,6 +31,10 @@ if TYPE_CHECKING:
     from efficient_lm.models.language_model import LanguageModel
 
 
+LONGEST = 1024
+"""Tokens per row when an imported model is scored and nothing is said; fewer where its context is shorter."""
+
+
 class Model:
     """A language model with its parameters, tokenizer and config.
 
@@ -36,10 +43,13 @@ class Model:
         params: nested dict of float32 arrays.
         tokenizer: text ↔ ids.
         step: training step of the parameters.
+        origin: what the published model said of itself that this one comes from; None if it comes from none.
     """
 
-    def __init__(self, config: RunConfig, params: Parameters, tokenizer: Tokenizer, step: int = 0):
-        self.config, self.params, self.tokenizer, self.step = config, params, tokenizer, step
+    def __init__(
+        self, config: RunConfig, params: Parameters, tokenizer: Tokenizer, step: int = 0, origin: Origin | None = None
+    ):
+        self.config, self.params, self.tokenizer, self.step, self.origin = config, params, tokenizer, step, origin
         self.model: LanguageModel = config.model.build()
         self.dtype = config.precision.dtype
 
@@ -112,7 +122,7 @@ class Model:
         stop_at_end: bool = True,
     ) -> Iterator[np.ndarray]:
         """Token ids ``[batch]`` as they are made; a row that has ended yields end-of-text from there on."""
-        start = [self.tokenizer.end_of_text]
+        start = [self.tokenizer.begin_of_text]
         ids = [np.concatenate([start, self.tokenizer.encode(prompt)]).astype(np.int32) for prompt in prompts]
         return self.decoder.stream(ids, max_new_tokens, sampling, seed, self._end(stop_at_end))
 
@@ -146,15 +156,31 @@ class Model:
     def save(self, path: str | Path) -> Path:
         """Write a run directory: config, tokenizer, parameters. Raises `CheckpointError` if something is there."""
         path = Path(path)
-        if path.exists() and any(path.iterdir()):
-            raise CheckpointError(f"{path}: already holds something; choose another folder")
+        check_free(path)
         with RunDirectory(path) as run:
             save_config(run.config, self.config)
             self.tokenizer.save(run.tokenizer)
+            if self.origin is not None:
+                self.origin.save(run.origin)
             checkpoints = Checkpoints(run.checkpoints)
             checkpoints.save(self.step, {"parameters": self.params}, {"step": self.step})
             checkpoints.close()
         return path
+
+    def to_hf(self, path: str | Path, dtype: str | None = None) -> Path:
+        """Write a folder in Hugging Face format: `config.json`, safetensors, the tokenizer.
+
+        Args:
+            dtype: ``float32``, ``bfloat16`` or ``float16`` to round to; None writes each tensor in the element type it
+                was published in where that changes no value, and otherwise in float32.
+
+        Raises:
+            ConfigError: no published family can express the model.
+            CheckpointError: something is there already.
+            ResourceError: the disk is full.
+        """
+        context = self.config.train.sequence_length
+        return write_folder(Path(path), self.config.model, self.params, self.tokenizer, self.origin, context, dtype)
 
 
 def _before(row: np.ndarray, end: int | None) -> np.ndarray:
@@ -163,12 +189,15 @@ def _before(row: np.ndarray, end: int | None) -> np.ndarray:
 
 
 def load(path: str | Path) -> Model:
-    """A run directory, or one of its checkpoints (``runs/name/checkpoints/400``).
+    """A run directory, one of its checkpoints (``runs/name/checkpoints/400``), a Hugging Face folder or a GGUF file.
 
     Raises:
-        CheckpointError: there is no run, nothing in it can be read, or config and checkpoint do not fit each other.
+        CheckpointError: there is no model, nothing in it can be read, or config and parameters do not fit each other.
+        ConfigError: a published model of a family or with an option that is not supported.
     """
     path, step = Path(path), None
+    if is_published(path):
+        return _published(open_published(path), path.stem)
     if path.parent.name == "checkpoints" and path.name.isdigit():
         path, step = path.parent.parent, int(path.name)
     run = RunDirectory(path)
@@ -177,7 +206,27 @@ def load(path: str | Path) -> Model:
             sorted(str(found.parent) for found in path.parent.glob("*/config.yaml")) if path.parent.is_dir() else []
         )
         hint = f"; there are {', '.join(beside[:5])}" if beside else ""
-        raise CheckpointError(f"{path}: not a run directory (no config.yaml){hint}")
+        raise CheckpointError(f"{path}: neither a run directory (no config.yaml) nor a published model{hint}")
     config = read_config(run.config)
     params, record = load_parameters(run.checkpoints, config.model.build().declarations, step)
-    return Model(config, params, load_tokenizer(run.tokenizer), record["step"])
+    return Model(config, params, load_tokenizer(run.tokenizer), record["step"], Origin.load(run.origin))
+
+
+def from_hf(path: str | Path) -> Model:
+    """A folder in Hugging Face format (`config.json`, safetensors, `tokenizer.json`). Raises as `load`."""
+    return _published(open_published(Path(path), "hf"), Path(path).stem)
+
+
+def from_gguf(path: str | Path) -> Model:
+    """A GGUF file. Raises as `load`."""
+    return _published(open_published(Path(path), "gguf"), Path(path).stem)
+
+
+def _published(found: Published, name: str) -> Model:
+    """A model with the config of a run that would use it, on the embedded corpus for want of its own data."""
+    values = compose("train").values
+    values |= {"model": found.described.spec.dump(), "tokenizer": found.tokenizer_choice}
+    values["run"] |= {"name": name, "dir": f"runs/{name}"}
+    values["train"]["sequence_length"] = min(LONGEST, found.context or LONGEST)
+    config = validate(RunConfig, values)
+    return Model(config, found.described.read(), found.tokenizer, origin=found.described.origin)

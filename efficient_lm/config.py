@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -159,6 +159,28 @@ class GenerateConfig(Spec):
     def _one_source(self) -> "GenerateConfig":
         if self.prompt_file is not None and self.prompt:
             raise ConfigError("prompt_file: prompt is given too; leave one of them out")
+        return self
+
+
+class ConvertConfig(Spec):
+    """A conversion.
+
+    Attributes:
+        source: a Hugging Face folder, a GGUF file, a run directory, or one of its checkpoints.
+        output: the folder to make.
+        format: ``run`` or ``hf``; None makes a run directory of a published model, and a published model of a run.
+        dtype: element type that ``hf`` rounds to; None rounds nothing.
+    """
+
+    source: Name
+    output: Name
+    format: Literal["run", "hf"] | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+
+    @model_validator(mode="after")
+    def _rounds_published_alone(self) -> "ConvertConfig":
+        if self.format == "run" and self.dtype is not None:
+            raise ConfigError("dtype: a run directory holds float32; leave it out, or write format=hf")
         return self
 
 

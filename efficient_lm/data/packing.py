@@ -1,7 +1,8 @@
 """Packing: which part of which document stands where in rows of equal length, and the arrays of a batch of rows.
 
-A document of n tokens is the stream ``[eot] t1 .. tn [eot]``, hence n + 1 pairs of input and target: inputs
-``[eot, t1 .. tn]``, targets ``[t1 .. tn, eot]``. A packing lays out every pair of every document once per epoch.
+A document of n tokens is the stream ``[begin] t1 .. tn [end]``, hence n + 1 pairs of input and target: inputs
+``[begin, t1 .. tn]``, targets ``[t1 .. tn, end]``; begin and end are one token for most tokenizers. A packing lays out
+every pair of every document once per epoch.
 """
 
 from collections.abc import Iterator, Sequence
@@ -171,6 +172,8 @@ def _fill(store: TokenStore, fragment: Fragment, part: Batch) -> None:
     inputs = store.tokens[max(first - 1, begin) : first - 1 + fragment.length]
     targets = store.tokens[first : min(first + fragment.length, end)]
     part["tokens"][fragment.length - len(inputs) :] = inputs
+    if fragment.start == 0:
+        part["tokens"][0] = store.begin_of_text
     part["targets"][: len(targets)] = targets
     part["positions"][:] = np.arange(fragment.length)
     part["weights"][:] = 1

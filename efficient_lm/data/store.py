@@ -39,6 +39,7 @@ class TokenStore:
         offsets: int64 [documents + 1]; document d is ``tokens[offsets[d]:offsets[d + 1]]``, never empty.
         document_bytes: int64 [documents], the length of each document in UTF-8.
         end_of_text: the id between documents.
+        begin_of_text: the id that a document begins with.
         byte_lengths: int32 [vocab_size], the bytes of each token, or None unless these add up to `document_bytes`.
     """
 
@@ -46,6 +47,7 @@ class TokenStore:
     offsets: np.ndarray
     document_bytes: np.ndarray
     end_of_text: int
+    begin_of_text: int
     byte_lengths: np.ndarray | None
 
     def __len__(self) -> int:
@@ -181,7 +183,7 @@ def _store(
     tokens: np.ndarray, offsets: np.ndarray, document_bytes: np.ndarray, exact: bool, tokenizer: Tokenizer
 ) -> TokenStore:
     lengths = tokenizer.byte_lengths if exact else None
-    return TokenStore(tokens, offsets, document_bytes, tokenizer.end_of_text, lengths)
+    return TokenStore(tokens, offsets, document_bytes, tokenizer.end_of_text, tokenizer.begin_of_text, lengths)
 
 
 def _load(folder: Path, tokenizer: Tokenizer) -> TokenStore | None:

@@ -1,4 +1,4 @@
-"""Tokenizers: bytes, the embedded byte-level BPE, and any Hugging Face `tokenizer.json`.
+"""Tokenizers: bytes, the embedded byte-level BPE, any Hugging Face `tokenizer.json`, and none at all.
 
 A tokenizer neither adds nor recognises special tokens in text: a document that spells one out is encoded as plain
 characters. Nothing here imports jax.
@@ -9,7 +9,7 @@ import hashlib
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +22,19 @@ from efficient_lm.spec import Choice
 TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
 BYTES_FILE = "byte_tokenizer.json"
+NONE_FILE = "no_tokenizer.json"
+COMPANIONS = (
+    CONFIG_FILE,
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+"""Files beside a `tokenizer.json` that other programs read; they travel along."""
+
 END_OF_TEXT_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]", "<｜end▁of▁sentence｜>")
 PIECE_CHARACTERS = 1 << 12
 GROUP_CHARACTERS = 1 << 20
@@ -83,12 +96,15 @@ class Tokenizer(ABC):
     Attributes:
         vocab_size: ids are below it.
         end_of_text: the id between documents.
+        begin_of_text: the id that a document begins with: the one that a published tokenizer puts first, or
+            `end_of_text`.
         byte_lengths: int32 [vocab_size], UTF-8 bytes of each token, 0 for special ones; None when tokens are not bytes.
         fingerprint: hash of everything that decides the ids.
     """
 
     vocab_size: int
     end_of_text: int
+    begin_of_text: int
     byte_lengths: np.ndarray | None
     fingerprint: str
 
@@ -109,15 +125,25 @@ class Tokenizer(ABC):
         return WindowStream(self.decode)
 
     @abstractmethod
+    def files(self) -> dict[str, bytes]:
+        """Name and content of what `load_tokenizer` needs."""
+
+    def published_files(self) -> dict[str, bytes]:
+        """Name and content of the same in Hugging Face format."""
+        return self.files()
+
     def save(self, folder: str | Path) -> None:
         """Write what `load_tokenizer` needs."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        for name, content in self.files().items():
+            (Path(folder) / name).write_bytes(content)
 
 
 class ByteTokenizer(Tokenizer):
     """UTF-8 bytes as ids 0 to 255, and 256 for end of text."""
 
     vocab_size = 257
-    end_of_text = 256
+    end_of_text = begin_of_text = 256
     fingerprint = "bytes"
 
     def __init__(self) -> None:
@@ -133,8 +159,20 @@ class ByteTokenizer(Tokenizer):
     def stream(self) -> ByteStream:
         return ByteStream(self._bytes)
 
-    def save(self, folder: str | Path) -> None:
-        _write(Path(folder), {BYTES_FILE: b'{"kind": "bytes"}\n'})
+    def files(self) -> dict[str, bytes]:
+        return {BYTES_FILE: b'{"kind": "bytes"}\n'}
+
+    def published_files(self) -> dict[str, bytes]:
+        """A byte-level BPE without merges, whose ids are these."""
+        import tokenizers
+        from tokenizers import decoders, models, pre_tokenizers
+
+        vocabulary = {character: byte for character, byte in _byte_alphabet().items()}
+        made = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+        made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        made.decoder = decoders.ByteLevel()
+        made.add_special_tokens([END_OF_TEXT_NAMES[0]])
+        return {TOKENIZER_FILE: made.to_str().encode(), CONFIG_FILE: _config(END_OF_TEXT_NAMES[0])}
 
     @staticmethod
     def _bytes(token: int) -> bytes:
@@ -142,13 +180,22 @@ class ByteTokenizer(Tokenizer):
 
 
 class HuggingFaceTokenizer(Tokenizer):
-    """A `tokenizer.json` as the Hugging Face `tokenizers` library reads it."""
+    """A `tokenizer.json` as the Hugging Face `tokenizers` library reads it.
 
-    def __init__(self, path: Path, end_of_text: str | None = None):
-        """Read `path`. Raises `DataError` when it is no tokenizer, or its end-of-text token is unknown."""
+    Args:
+        files: name and content of `tokenizer.json` and of what lies beside it.
+        path: of `tokenizer.json`, for messages.
+        end_of_text: name of the token; None takes what `tokenizer_config.json` says, or a well-known one.
+
+    Raises:
+        DataError: it is no tokenizer, or its end-of-text token is unknown.
+    """
+
+    def __init__(self, files: Mapping[str, bytes], path: Path, end_of_text: str | None = None):
         import tokenizers
 
-        self._source = _read(path)
+        self._source = files[TOKENIZER_FILE]
+        self._companions = {name: content for name, content in files.items() if name != TOKENIZER_FILE}
         try:
             description = json.loads(self._source)
             self._tokenizer = tokenizers.Tokenizer.from_str(self._source.decode())
@@ -159,12 +206,14 @@ class HuggingFaceTokenizer(Tokenizer):
         self._tokenizer.encode_special_tokens = True
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values()) + 1
-        self.end_of_text_name = end_of_text or _guess_end_of_text(path, vocabulary)
+        config = _json(self._companions.get(CONFIG_FILE, b"{}"), path.parent / CONFIG_FILE)
+        self.end_of_text_name = end_of_text or _guess_end_of_text(path, config, vocabulary)
         if self.end_of_text_name not in vocabulary:
             added = [token["content"] for token in description.get("added_tokens", [])]
             close = nearest(self.end_of_text_name, added or vocabulary)
             raise DataError(f"'{path}' has no token '{self.end_of_text_name}' for end_of_text; {close}")
         self.end_of_text = vocabulary[self.end_of_text_name]
+        self.begin_of_text = self._first_token(config, vocabulary)
         self.fingerprint = hashlib.sha256(self._source + self.end_of_text_name.encode()).hexdigest()[:20]
         self._token_bytes = _token_bytes(description, vocabulary, self.vocab_size)
         self._splits = self._token_bytes is not None and _begins_words_at_spaces(self._tokenizer)
@@ -172,6 +221,21 @@ class HuggingFaceTokenizer(Tokenizer):
         if self._token_bytes is not None:
             self._token_bytes[self.end_of_text] = b""
             self.byte_lengths = np.fromiter(map(len, self._token_bytes), np.int32, self.vocab_size)
+
+    @classmethod
+    def read(cls, path: Path, end_of_text: str | None = None) -> "HuggingFaceTokenizer":
+        """The tokenizer of a file, with what lies beside it. Raises `DataError`."""
+        beside = {name: _read(path.parent / name) for name in COMPANIONS if (path.parent / name).is_file()}
+        return cls({TOKENIZER_FILE: _read(path), **beside}, path, end_of_text)
+
+    def _first_token(self, config: dict[str, Any], vocabulary: dict[str, int]) -> int:
+        """What the tokenizer puts before every text, or else `end_of_text`."""
+        with_special = self._tokenizer.encode("a", add_special_tokens=True).ids
+        without = self._tokenizer.encode("a", add_special_tokens=False).ids
+        if with_special and with_special[0] != without[0]:
+            return with_special[0]
+        begin = _token_name(config.get("bos_token"))
+        return vocabulary[begin] if config.get("add_bos_token") and begin in vocabulary else self.end_of_text
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         parts: list[list[np.ndarray]] = [[] for _ in texts]
@@ -189,13 +253,41 @@ class HuggingFaceTokenizer(Tokenizer):
     def stream(self) -> ByteStream | WindowStream:
         return WindowStream(self.decode) if self._token_bytes is None else ByteStream(self._bytes)
 
-    def save(self, folder: str | Path) -> None:
-        config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": self.end_of_text_name}
-        _write(Path(folder), {TOKENIZER_FILE: self._source, CONFIG_FILE: json.dumps(config, indent=2).encode() + b"\n"})
+    def files(self) -> dict[str, bytes]:
+        stated = self._companions.get(CONFIG_FILE, b"{}")
+        same = _token_name(json.loads(stated).get("eos_token")) == self.end_of_text_name
+        config = stated if same else _config(self.end_of_text_name, json.loads(stated))
+        return {TOKENIZER_FILE: self._source, **self._companions, CONFIG_FILE: config}
 
     def _bytes(self, token: int) -> bytes:
         # A model's vocabulary may be rounded up past the tokenizer's.
         return self._token_bytes[token] if 0 <= token < self.vocab_size else b""
+
+
+class AbsentTokenizer(Tokenizer):
+    """The tokenizer of a model that came without one: ids are all it takes."""
+
+    vocab_size, end_of_text, begin_of_text = 1, 0, 0
+    byte_lengths = None
+    fingerprint = "none"
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        raise self._fault()
+
+    def decode(self, ids: Iterable[int]) -> str:
+        raise self._fault()
+
+    def files(self) -> dict[str, bytes]:
+        return {NONE_FILE: b'{"kind": "none"}\n'}
+
+    def published_files(self) -> dict[str, bytes]:
+        return {}
+
+    @staticmethod
+    def _fault() -> DataError:
+        return DataError(
+            f"this model came without a tokenizer and takes token ids alone: put a {TOKENIZER_FILE} into its folder"
+        )
 
 
 class TokenizerSpec(Choice, role="tokenizer"):
@@ -221,7 +313,8 @@ class SotuBPESpec(TokenizerSpec):
     kind: Literal["sotu_bpe"] = "sotu_bpe"
 
     def build(self) -> Tokenizer:
-        return HuggingFaceTokenizer(CORPORA / "sotu_bpe.json", "<|endoftext|>")
+        files = {TOKENIZER_FILE: _read(CORPORA / "sotu_bpe.json")}
+        return HuggingFaceTokenizer(files, CORPORA / "sotu_bpe.json", "<|endoftext|>")
 
 
 class FileSpec(TokenizerSpec):
@@ -233,14 +326,24 @@ class FileSpec(TokenizerSpec):
 
     def build(self) -> Tokenizer:
         path = Path(self.path).expanduser()
-        return HuggingFaceTokenizer(path / TOKENIZER_FILE if path.is_dir() else path, self.end_of_text)
+        return HuggingFaceTokenizer.read(path / TOKENIZER_FILE if path.is_dir() else path, self.end_of_text)
+
+
+class AbsentSpec(TokenizerSpec):
+    """No tokenizer: the model takes token ids."""
+
+    kind: Literal["none"] = "none"
+
+    def build(self) -> Tokenizer:
+        return AbsentTokenizer()
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
     """The tokenizer that `Tokenizer.save` wrote. Raises `DataError` when there is none."""
-    if (Path(folder) / BYTES_FILE).is_file():
-        return ByteTokenizer()
-    return HuggingFaceTokenizer(Path(folder) / TOKENIZER_FILE)
+    for name, kind in ((BYTES_FILE, ByteTokenizer), (NONE_FILE, AbsentTokenizer)):
+        if (Path(folder) / name).is_file():
+            return kind()
+    return HuggingFaceTokenizer.read(Path(folder) / TOKENIZER_FILE)
 
 
 def utf8(text: str) -> bytes:
@@ -315,16 +418,10 @@ def _byte_alphabet() -> dict[str, int]:
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
 
 
-def _guess_end_of_text(path: Path, vocabulary: dict[str, int]) -> str:
-    config = path.parent / CONFIG_FILE
-    if config.is_file():
-        try:
-            token = json.loads(_read(config)).get("eos_token")
-        except (ValueError, AttributeError) as error:
-            raise DataError(f"'{config}' is not a JSON object: {_line(error)}") from error
-        name = token.get("content") if isinstance(token, dict) else token
-        if name in vocabulary:
-            return name
+def _guess_end_of_text(path: Path, config: dict[str, Any], vocabulary: dict[str, int]) -> str:
+    name = _token_name(config.get("eos_token"))
+    if name in vocabulary:
+        return name
     found = [name for name in END_OF_TEXT_NAMES if name in vocabulary]
     if not found:
         raise DataError(
@@ -343,10 +440,24 @@ def _read(path: Path) -> bytes:
         raise DataError(f"cannot read tokenizer file '{path}': {error.strerror}") from error
 
 
-def _write(folder: Path, files: dict[str, bytes]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, content in files.items():
-        (folder / name).write_bytes(content)
+def _json(content: bytes, path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(content)
+    except ValueError as error:
+        raise DataError(f"'{path}' is not valid JSON: {_line(error)}") from error
+    if not isinstance(value, dict):
+        raise DataError(f"'{path}' is not a JSON object")
+    return value
+
+
+def _token_name(token: Any) -> str | None:
+    """A token as a config states it, by its name or as an object."""
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def _config(end_of_text: str, others: Mapping[str, Any] | None = None) -> bytes:
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", **(others or {}), "eos_token": end_of_text}
+    return json.dumps(config, indent=2).encode() + b"\n"
 
 
 def _line(error: Exception) -> str:

@@ -14,7 +14,6 @@ import numpy as np
 
 from efficient_lm.models.parameters import Declaration
 
-
 Layout = Literal["torch", "conv1d", "vector", "same"]
 """How a parameter is stored: ``[out, in]`` as torch's Linear, ``[in, out]``, flattened to one axis, or as ours is."""
 
@@ -64,6 +63,9 @@ class Whole:
         yield tensor
 
 
+WHOLE = Whole()
+
+
 class Concatenated:
     """One after the other along the last axis."""
 
@@ -105,7 +107,7 @@ class Tensor:
     name: str
     sources: tuple[Source, ...]
     layout: Layout
-    join: Join = Whole()
+    join: Join = WHOLE
     aliases: tuple[str, ...] = ()
 
     def prefixed(self, prefix: str) -> "Tensor":
@@ -136,7 +138,7 @@ def linear(theirs: str, ours: str, pick: int | None = None) -> tuple[Tensor, Ten
 
 
 def fused(
-    theirs: str, ours: Sequence[tuple[str, int | None]], layout: Layout, join: Join = Whole()
+    theirs: str, ours: Sequence[tuple[str, int | None]], layout: Layout, join: Join = WHOLE
 ) -> tuple[Tensor, Tensor]:
     """Weight and bias of one or several linear maps (path, pick) of one input, stored as one."""
     weights, biases = (tuple(Source(f"{path}.{part}", pick) for path, pick in ours) for part in ("weight", "bias"))

@@ -37,6 +37,11 @@ class RunDirectory:
         return self.path / "tokenizer"
 
     @property
+    def origin(self) -> Path:
+        """What the published model said that this run began with; absent if it began with none."""
+        return self.path / "hugging_face"
+
+    @property
     def summary(self) -> Path:
         """Final metrics."""
         return self.path / "summary.json"

@@ -15,7 +15,7 @@ def numbered(lengths=LENGTHS):
     """Documents whose tokens are all different: token i of document d is 100 d + i + 1; 0 is end of text."""
     tokens = np.concatenate([100 * d + 1 + np.arange(n) for d, n in enumerate(lengths)])
     offsets = np.concatenate([[0], np.cumsum(lengths)])
-    return TokenStore(tokens.astype(np.uint32), offsets, np.array(lengths) * 3 + 1, 0, None)
+    return TokenStore(tokens.astype(np.uint32), offsets, np.array(lengths) * 3 + 1, 0, 0, None)
 
 
 def expected_pairs(store, documents):

@@ -1,4 +1,4 @@
-"""Gemma 3, its text model (Gemma team 2025): Gemma 2 with normed queries and keys, and a slower rotation in full layers."""
+"""Gemma 3's text model (Gemma team 2025): normed queries and keys, and a slower rotation in layers that see all."""
 
 from efficient_lm.interop.families.base import Family
 from efficient_lm.interop.families.gemma2 import BLOCK, MODEL, NORMS, RMS, keys, window

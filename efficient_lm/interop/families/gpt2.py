@@ -1,4 +1,4 @@
-"""GPT-2 (Radford et al. 2019): learned positions, queries, keys and values in one map, matrices stored ``[in, out]``."""
+"""GPT-2 (Radford et al. 2019): learned positions, one map for queries, keys and values, matrices ``[in, out]``."""
 
 from efficient_lm.interop.description import Concatenated, fused, norm, table
 from efficient_lm.interop.families.base import Family
@@ -20,7 +20,7 @@ LAYER_NORM = {"kind": "layernorm"}
 
 
 class Scale:
-    """`scale_attn_weights` and `scale_attn_by_inverse_layer_idx`: the factor of the logits, which may fall with depth."""
+    """The factor of the logits, which `scale_attn_by_inverse_layer_idx` lets fall with depth."""
 
     def read(self, config: Config, draft: Draft) -> None:
         size = count(config, "n_embd", 768) // count(config, "n_head", 12)
