@@ -26,17 +26,34 @@ def relu_squared(x: jax.Array) -> jax.Array:
     return jnp.square(relu(x))
 
 
+def quick_gelu(x: jax.Array) -> jax.Array:
+    """``x * sigmoid(1.702 x)`` (Hendrycks & Gimpel 2016, section 2)."""
+    return x * jax.nn.sigmoid(1.702 * x)
+
+
+def identity(x: jax.Array) -> jax.Array:
+    """``x``."""
+    return x
+
+
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": partial(jax.nn.gelu, approximate=False),
     "gelu_tanh": partial(jax.nn.gelu, approximate=True),
+    "identity": identity,
+    "quick_gelu": quick_gelu,
     "relu": relu,
     "relu_squared": relu_squared,
+    "sigmoid": jax.nn.sigmoid,
     "silu": jax.nn.silu,
+    "tanh": jnp.tanh,
 }
+
+Activation = Literal[tuple(ACTIVATIONS)]
+"""Name of an activation."""
 
 
 class DenseSpec(FFNSpec):
-    """What the dense channel mixers share.
+    """What the dense channel mixers share. Each kind has an `activation`: a choice, or its own.
 
     Attributes:
         expansion: hidden units as a multiple of width.
@@ -48,11 +65,6 @@ class DenseSpec(FFNSpec):
     expansion: PerLayer[Positive]
     hidden: PerLayer[Count | None] = None
     bias: bool = False
-
-    @property
-    def nonlinearity(self) -> str:
-        """Name of the activation in `ACTIVATIONS`."""
-        raise TypeError(f"{type(self).__name__} does not name its activation")
 
     def hidden_size(self, width: int) -> int:
         """Hidden units in a model of this width; an `expansion` is rounded to a multiple of 8."""
@@ -75,23 +87,25 @@ class MLPSpec(DenseSpec):
     gated = False
     kind: Literal["mlp"] = "mlp"
     expansion: PerLayer[Positive] = 4.0
-    activation: Literal["gelu", "gelu_tanh", "relu", "relu_squared", "silu"] = "gelu"
+    activation: Activation = "gelu"
 
-    @property
-    def nonlinearity(self) -> str:
-        return self.activation
+
+class GLUSpec(DenseSpec):
+    """``down(activation(gate(x)) * up(x))`` (Dauphin et al. 2017; Shazeer 2020, eq. 5)."""
+
+    gated = True
+    kind: Literal["glu"] = "glu"
+    expansion: PerLayer[Positive] = 8 / 3
+    activation: Activation = "sigmoid"
 
 
 class SwiGLUSpec(DenseSpec):
     """``down(silu(gate(x)) * up(x))`` (Shazeer 2020, eq. 6)."""
 
     gated = True
+    activation: ClassVar[str] = "silu"
     kind: Literal["swiglu"] = "swiglu"
     expansion: PerLayer[Positive] = 8 / 3
-
-    @property
-    def nonlinearity(self) -> str:
-        return "silu"
 
 
 class GeGLUSpec(DenseSpec):
@@ -103,7 +117,8 @@ class GeGLUSpec(DenseSpec):
     approximate: bool = True
 
     @property
-    def nonlinearity(self) -> str:
+    def activation(self) -> str:
+        """The form of GELU that `approximate` names."""
         return "gelu_tanh" if self.approximate else "gelu"
 
 
@@ -111,18 +126,15 @@ class ReGLUSpec(DenseSpec):
     """``down(relu(gate(x)) * up(x))`` (Shazeer 2020, eq. 6)."""
 
     gated = True
+    activation: ClassVar[str] = "relu"
     kind: Literal["reglu"] = "reglu"
     expansion: PerLayer[Positive] = 8 / 3
-
-    @property
-    def nonlinearity(self) -> str:
-        return "relu"
 
 
 class Dense(nnx.Module):
     def __init__(self, spec: DenseSpec, width: int, init: Initialization):
         hidden, embed = {"mlp": spec.hidden_size(width)}, {"embed": width}
-        self.activation = ACTIVATIONS[spec.nonlinearity]
+        self.activation = ACTIVATIONS[spec.activation]
         self.gated = spec.gated
         if spec.gated:
             # One matmul for both halves: the input is read once.

@@ -1,0 +1,49 @@
+"""Dense channel mixers against their formulas, in NumPy."""
+
+import math
+
+import jax
+import numpy as np
+import pytest
+
+from efficient_lm.models.ffns.base import FFNSpec
+from efficient_lm.models.ffns.dense import ACTIVATIONS
+from efficient_lm.models.parameters import Blueprint, Initialization
+
+WIDTH = 32
+FUNCTIONS = {
+    "gelu": lambda z: 0.5 * z * (1 + np.vectorize(math.erf)(z / np.sqrt(2))),
+    "gelu_tanh": lambda z: 0.5 * z * (1 + np.tanh(np.sqrt(2 / np.pi) * (z + 0.044715 * z**3))),
+    "identity": lambda z: z,
+    "quick_gelu": lambda z: z / (1 + np.exp(-1.702 * z)),
+    "relu": lambda z: np.maximum(z, 0),
+    "relu_squared": lambda z: np.maximum(z, 0) ** 2,
+    "sigmoid": lambda z: 1 / (1 + np.exp(-z)),
+    "silu": lambda z: z / (1 + np.exp(-z)),
+    "tanh": np.tanh,
+}  # fmt: skip
+FIXED = [("swiglu", {}, "silu"), ("reglu", {}, "relu"), ("geglu", {}, "gelu_tanh")]
+FIXED += [("geglu", {"approximate": False}, "gelu")]
+CASES = FIXED + [(kind, {"activation": name}, name) for kind in ("mlp", "glu") for name in FUNCTIONS]
+
+
+@pytest.mark.parametrize(("kind", "options", "activation"), CASES)
+def test_equals_its_formula(kind, options, activation):
+    spec = FFNSpec.lookup(kind).model_validate({"kind": kind, "bias": True, "hidden": 24, **options})
+    ffn = Blueprint(lambda: spec.build(WIDTH, Initialization()))
+    x, key = np.asarray(jax.random.normal(jax.random.key(1), (2, 3, WIDTH))), jax.random.key(2)
+    params = jax.tree.map(lambda leaf: np.asarray(leaf + 0.3 * jax.random.normal(key, leaf.shape)), ffn.init(key))
+    got, auxiliary = ffn(params)(x, None)
+    if kind == "mlp":
+        hidden = FUNCTIONS[activation](x @ params["up"]["weight"] + params["up"]["bias"])
+    else:
+        both = np.einsum("bte,egm->btgm", x, params["gate_up"]["weight"]) + params["gate_up"]["bias"]
+        hidden = FUNCTIONS[activation](both[..., 0, :]) * both[..., 1, :]
+    want = hidden @ params["down"]["weight"] + params["down"]["bias"]
+    np.testing.assert_allclose(got, want, atol=1e-5 * np.abs(want).max())
+    assert auxiliary == {}
+    assert spec.flops_per_token(WIDTH) == 2 * sum(p["weight"].size for p in params.values())
+
+
+def test_every_activation_is_tested():
+    assert set(FUNCTIONS) == set(ACTIVATIONS)
