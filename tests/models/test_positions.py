@@ -8,7 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from efficient_lm.errors import ConfigError
 from efficient_lm.models.layers.positions import AlibiSpec, PositionSpec, RelativeBiasSpec, RotarySpec
+from efficient_lm.validation import validate
 
 TABLES = json.loads((Path(__file__).parent.parent / "goldens" / "positions.json").read_text())
 NAMES = {"low_freq_factor": "low_frequency_factor", "high_freq_factor": "high_frequency_factor",
@@ -21,7 +23,7 @@ def test_rotary_scaling_has_the_reference_frequencies(name):
     options = {NAMES.get(key, key): value for key, value in table["parameters"].items()}
     spec = RotarySpec(theta=options.pop("rope_theta"), scaling=options)
     rotary = spec.build(4, table["head_size"])
-    np.testing.assert_allclose(rotary.frequencies, table["frequencies"], rtol=2e-6)
+    np.testing.assert_allclose(rotary.frequencies, table["frequencies"], rtol=3e-7)
     assert rotary.temperature == pytest.approx(table["temperature"], rel=1e-6)
 
 
@@ -59,6 +61,25 @@ def test_partial_rotation_leaves_the_rest():
     y = rotary.rotate(x, jnp.array([[0, 5, 9]]))
     np.testing.assert_array_equal(y[..., 8:], x[..., 8:])
     assert not np.allclose(y[0, 1:, :, :8], x[0, 1:, :, :8])
+
+
+def test_an_odd_share_turns_one_value_more():
+    rotary = RotarySpec(fraction=0.5, theta=100.0).build(1, 10)
+    np.testing.assert_allclose(rotary.frequencies, 100.0 ** -(np.array([0, 2, 4]) / 5), rtol=1e-6)
+    y = np.asarray(rotary.rotate(jnp.ones((1, 1, 1, 10)), jnp.array([[1]])))[0, 0, 0]
+    np.testing.assert_allclose(y[[0, 3]], [np.cos(1) - np.sin(1), np.cos(1) + np.sin(1)], rtol=1e-5)
+    assert np.all(y[6:] == 1) and np.all(y[:6] != 1)
+
+
+def test_yarn_whose_range_ends_before_it_begins_is_read_as_the_reference_does():
+    scaling = {"kind": "yarn", "factor": 4.0, "original_context": 10**9}
+    plain, scaled = (RotarySpec(theta=100.0, scaling=spec).build(1, 16) for spec in (None, scaling))
+    np.testing.assert_allclose(scaled.frequencies, np.array(plain.frequencies) / 4, rtol=1e-6)
+
+
+def test_llama3_factors_must_be_in_order():
+    with pytest.raises(ConfigError, match="high_frequency_factor must be above low_frequency_factor"):
+        validate(RotarySpec, {"scaling": {"kind": "llama3", "factor": 8.0, "low_frequency_factor": 4.0}}, "position")
 
 
 def test_every_position_kind_is_registered():

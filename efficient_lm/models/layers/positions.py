@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from pydantic import model_validator
+from pydantic_core import PydanticCustomError
 
 from efficient_lm.models.parameters import Initializer, parameter
 from efficient_lm.spec import Choice, Count, Fraction, OneOf, Positive
@@ -20,7 +22,7 @@ class RopeScalingSpec(Choice, role="rotary scaling"):
     """How rotary frequencies are changed to reach beyond the trained context."""
 
     def scale(self, frequencies: np.ndarray, theta: float, size: int) -> tuple[np.ndarray, float]:
-        """New frequencies (radians per token, ``[size / 2]``, float64) and a factor for the cosines and sines."""
+        """New frequencies (radians per token, ``[size / 2]``, float32) and a factor for the cosines and sines."""
         raise TypeError(f"{type(self).__name__} does not define scale")
 
 
@@ -42,6 +44,12 @@ class Llama3ScalingSpec(RopeScalingSpec):
     low_frequency_factor: Positive = 1.0
     high_frequency_factor: Positive = 4.0
     original_context: Count = 8192
+
+    @model_validator(mode="after")
+    def _in_order(self) -> "Llama3ScalingSpec":
+        if self.high_frequency_factor <= self.low_frequency_factor:
+            raise PydanticCustomError("scaling", "high_frequency_factor must be above low_frequency_factor", {})
+        return self
 
     def scale(self, frequencies: np.ndarray, theta: float, size: int) -> tuple[np.ndarray, float]:
         turns = self.original_context * frequencies / (2 * math.pi)
@@ -66,7 +74,7 @@ class YarnScalingSpec(RopeScalingSpec):
         if self.truncate:
             low, high = math.floor(low), math.ceil(high)
         low, high = max(low, 0), min(high, size - 1)
-        ramp = np.clip((np.arange(size // 2) - low) / max(high - low, 1e-3), 0.0, 1.0)
+        ramp = np.clip((np.arange(size // 2, dtype=np.float32) - low) / ((high - low) or 1e-3), 0.0, 1.0)
         temperature = self.attention_factor
         if temperature is None:
             temperature = 0.1 * math.log(self.factor) + 1.0 if self.factor > 1 else 1.0
@@ -96,7 +104,8 @@ class RotarySpec(PositionSpec):
 
     Attributes:
         theta: base wavelength.
-        fraction: share of each head's values that turn; the rest carries no position.
+        fraction: share of each head's values that turn, their number rounded down and then to a whole number of pairs
+            by one more; the rest carries no position.
         scaling: change of frequencies for a longer context.
     """
 
@@ -146,21 +155,23 @@ class Position(nnx.Module):
 
 class Rotary(Position):
     def __init__(self, spec: RotarySpec, head_size: int):
-        size = int(head_size * spec.fraction) // 2 * 2
-        frequencies = spec.theta ** -(np.arange(0, size, 2, dtype=np.float64) / max(size, 1))
+        size = int(head_size * spec.fraction)
+        # Published models were trained with exponents and powers rounded to float32, and far positions feel it.
+        exponents = np.arange(0, size, 2, dtype=np.float32) / np.float32(max(size, 1))
+        frequencies = 1 / np.power(spec.theta, exponents, dtype=np.float64).astype(np.float32)
         temperature = 1.0
         if spec.scaling is not None and size:
             frequencies, temperature = spec.scaling.scale(frequencies, spec.theta, size)
-        self.size, self.temperature = size, temperature
+        self.temperature = temperature
         self.frequencies = tuple(float(value) for value in frequencies)
 
     def rotate(self, x: jax.Array, positions: jax.Array) -> jax.Array:
         angles = positions[..., None, None].astype(jnp.float32) * jnp.asarray(self.frequencies, jnp.float32)
         cosine, sine = jnp.cos(angles) * self.temperature, jnp.sin(angles) * self.temperature
-        half = self.size // 2
-        first, second = (part.astype(jnp.float32) for part in (x[..., :half], x[..., half : self.size]))
+        half = len(self.frequencies)
+        first, second = (part.astype(jnp.float32) for part in (x[..., :half], x[..., half : 2 * half]))
         turned = [first * cosine - second * sine, second * cosine + first * sine]
-        return jnp.concatenate([part.astype(x.dtype) for part in turned] + [x[..., self.size :]], axis=-1)
+        return jnp.concatenate([part.astype(x.dtype) for part in turned] + [x[..., 2 * half :]], axis=-1)
 
 
 class Alibi(Position):
