@@ -1,0 +1,44 @@
+"""A GGUF file opened as a Hugging Face folder: config, tensors, tokenizer files."""
+
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from efficient_lm.interop.gguf.architectures import describe
+from efficient_lm.interop.gguf.header import Header, read_header
+from efficient_lm.interop.gguf.tensors import GGUFTensors
+from efficient_lm.interop.gguf.tokenizer import tokenizer_files
+
+
+class GGUFFile:
+    """A model in a GGUF file.
+
+    Attributes:
+        config: what `config.json` would hold, as transformers 5 writes it.
+        tensors: by Hugging Face name.
+    """
+
+    def __init__(self, header: Header):
+        self._header = header
+        self.config: dict[str, Any]
+        self.config, stored = describe(header)
+        self.tensors = GGUFTensors(header, stored)
+
+    @cached_property
+    def tokenizer(self) -> dict[str, bytes]:
+        """File name → content: `tokenizer.json` and `tokenizer_config.json`; nothing where the file has no tokenizer.
+
+        Raises:
+            CheckpointError: a kind of tokenizer that is not supported, or a damaged one.
+        """
+        return tokenizer_files(self._header)
+
+
+def open_gguf(path: str | Path) -> GGUFFile:
+    """Open a GGUF file; tensors are read when asked for.
+
+    Raises:
+        CheckpointError: not a GGUF file, truncated, of an architecture or with an option that is not supported, or
+            metadata and tensors that do not agree.
+    """
+    return GGUFFile(read_header(path))
