@@ -1,11 +1,10 @@
 """A GGUF file opened as a Hugging Face folder: config, tensors, tokenizer files."""
 
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from efficient_lm.interop.gguf.architectures import describe
-from efficient_lm.interop.gguf.header import Header, read_header
+from efficient_lm.interop.gguf.header import Header
 from efficient_lm.interop.gguf.tensors import GGUFTensors
 from efficient_lm.interop.gguf.tokenizer import tokenizer_files
 
@@ -32,13 +31,3 @@ class GGUFFile:
             CheckpointError: a kind of tokenizer that is not supported, or a damaged one.
         """
         return tokenizer_files(self._header)
-
-
-def open_gguf(path: str | Path) -> GGUFFile:
-    """Open a GGUF file; tensors are read when asked for.
-
-    Raises:
-        CheckpointError: not a GGUF file, truncated, of an architecture or with an option that is not supported, or
-            metadata and tensors that do not agree.
-    """
-    return GGUFFile(read_header(path))
