@@ -11,11 +11,14 @@ import numpy as np
 
 from efficient_lm.composition import compose
 from efficient_lm.config import RunConfig, read_config, save_config
-from efficient_lm.data.dataset import DataSpec, document_batches
+from efficient_lm.data.dataset import DataSpec
 from efficient_lm.data.sources import FilesSource
+from efficient_lm.data.store import open_store
 from efficient_lm.data.tokenizers import Tokenizer, load_tokenizer
 from efficient_lm.errors import CheckpointError
-from efficient_lm.evaluation.bits_per_byte import evaluate, make_scorer
+from efficient_lm.evaluation.bits_per_byte import make_scorer
+from efficient_lm.evaluation.text import evaluate_documents
+from efficient_lm.evaluation.windows import WindowSpec
 from efficient_lm.inference.decoding import Decoder
 from efficient_lm.inference.sampling import SamplingSpec
 from efficient_lm.interop.hugging_face import Origin, check_free, write_folder
@@ -129,29 +132,42 @@ class Model:
     def _end(self, stop_at_end: bool) -> int | None:
         return self.tokenizer.end_of_text if stop_at_end else None
 
+    @cached_property
+    def _scorer(self) -> Any:
+        return make_scorer(self.model, self.dtype)
+
     def evaluate(
-        self, data: DataSpec | Sequence[str] | None = None, sequence_length: int | None = None, batch_size: int = 32
-    ) -> dict[str, float]:
-        """Score held-out text: see `efficient_lm.evaluation.bits_per_byte.evaluate`.
+        self,
+        data: DataSpec | Sequence[str] | None = None,
+        sequence_length: int | None = None,
+        batch_size: int | None = None,
+        *,
+        stride: int | None = None,
+        begin: str = "document",
+        limit: int | None = None,
+    ) -> dict[str, Any]:
+        """Score held-out text: see `efficient_lm.evaluation.text.evaluate_documents` for what comes back.
 
         Args:
             data: data whose validation part is scored, or paths of text files; None takes what the run was trained on.
-            sequence_length: tokens per row; None takes that of training.
+            sequence_length: tokens per window; None takes that of training.
+            batch_size: windows at a time; None takes what suits the device.
+            stride, begin, limit: which windows; see `efficient_lm.evaluation.windows.WindowSpec`.
 
         Raises:
-            ConfigError: rows longer than the model's table of positions.
+            ConfigError: windows longer than the model's table of positions, or a stride longer than a window.
             DataError: a file that cannot be read, or no text.
         """
         length = sequence_length or self.config.train.sequence_length
+        spec = validate(WindowSpec, {"sequence_length": length, "stride": stride, "begin": begin, "limit": limit})
         self.model.check_length(length, "sequence_length")
         if data is None or isinstance(data, DataSpec):
-            opened = (data or self.config.data).open(self.tokenizer, length, self.config.run.seed)
-            batches = opened.validation_batches(batch_size)
+            held_out = (data or self.config.data).open(self.tokenizer, length, self.config.run.seed).validation
+            store, documents = held_out.store, held_out.documents
         else:
-            batches = document_batches(
-                FilesSource(paths=tuple(data), any_extension=True), self.tokenizer, length, batch_size
-            )
-        return evaluate(make_scorer(self.model, self.dtype), self.params, batches)
+            store = open_store(FilesSource(paths=tuple(data), any_extension=True), self.tokenizer)
+            documents = np.arange(len(store))
+        return evaluate_documents(self._scorer, self.params, store, documents, spec, batch_size)
 
     def save(self, path: str | Path) -> Path:
         """Write a run directory: config, tokenizer, parameters. Raises `CheckpointError` if something is there."""

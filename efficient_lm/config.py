@@ -110,23 +110,38 @@ class EvaluateConfig(Spec):
     """An evaluation.
 
     Attributes:
-        checkpoint: a run directory, or one of its checkpoints.
+        checkpoint: a run directory, one of its checkpoints, or a published model.
         data: whose validation part is read; None takes what the run was trained on.
         text: a file, or files, to read instead.
-        sequence_length: None takes the one of training.
-        batch_size: sequences at a time.
+        sequence_length: tokens per window; None takes the one of training.
+        stride, begin: how windows follow each other and what stands in front (see `evaluation.windows.WindowSpec`).
+        limit: at most so many windows, and so many examples of each task; None takes all.
+        batch_size: windows or requests at a time; None takes what suits the device.
+        tasks: of lm-eval, by name, YAML file or folder. Without `text` and `data` they alone are run.
+        fewshot: worked examples before each question of a task; None takes what the task says.
+        output: a JSON file for the results.
     """
 
     checkpoint: Name
     data: DataSpec | None = None
     text: Name | Annotated[Listing[Name], Field(min_length=1)] | None = None
     sequence_length: Count | None = None
-    batch_size: Count = 32
+    stride: Count | None = None
+    begin: Literal["document", "none"] = "document"
+    limit: Count | None = None
+    batch_size: Count | None = None
+    tasks: Name | Annotated[Listing[Name], Field(min_length=1)] | None = None
+    fewshot: Natural | None = None
+    output: Name | None = None
 
     @model_validator(mode="after")
-    def _one_source(self) -> "EvaluateConfig":
+    def _fits(self) -> "EvaluateConfig":
         if self.text is not None and self.data is not None:
             raise ConfigError("text: data is given too; leave one of them out")
+        if self.fewshot is not None and self.tasks is None:
+            raise ConfigError("fewshot: examples are for tasks, and none is given; add tasks=, or leave it out")
+        if self.sequence_length is not None:
+            WindowSpec(sequence_length=self.sequence_length, stride=self.stride, begin=self.begin)
         return self
 
 

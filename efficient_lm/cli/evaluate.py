@@ -1,22 +1,36 @@
 """The verb `evaluate`."""
 
 from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from efficient_lm.cli.main import Options
+from efficient_lm.errors import ConfigError
+
+if TYPE_CHECKING:
+    from efficient_lm.api import Model
+    from efficient_lm.config import EvaluateConfig
 
 ROOT = "evaluate"
-SUMMARY = "Measures a model's bits per byte on held-out data or on any text."
+SUMMARY = "Measures a model's bits per byte on held-out data or any text, and runs lm-eval tasks."
 HELP = """
 Main keys
-  checkpoint=        a run directory (its newest checkpoint), or runs/NAME/checkpoints/STEP
+  checkpoint=        a run directory (its newest checkpoint), runs/NAME/checkpoints/STEP, a Hugging Face folder, a GGUF
   text=              a file, or [several]: .txt, .jsonl (also .gz, .xz, .zst), .parquet
   data= data.KEY=    other data, of which the validation part is read; without either, the run's own
-  sequence_length=   tokens per row; by default as in training
-  batch_size=        rows at a time
+  sequence_length=   tokens per window; by default as in training
+  stride=            less than sequence_length: windows overlap, and only their new tokens are scored
+  begin=             document: a begin token in front, every token and each end scored; none: the bare text
+  limit=             at most so many windows, and so many examples of each task
+  tasks=             of lm-eval: names, YAML files or folders; without text and data, they alone are run
+  fewshot=           worked examples before each question
+  batch_size=        windows or requests at a time; by default what suits the device
+  output=            a JSON file for the results
 
 Examples
   efficient-lm evaluate checkpoint=runs/quickstart
-  efficient-lm evaluate checkpoint=runs/quickstart text=[speech.txt,letters.jsonl.gz]
+  efficient-lm evaluate checkpoint=runs/quickstart text=[speech.txt,letters.jsonl.gz] stride=64 output=scores.json
+  efficient-lm evaluate checkpoint=smollm2/ tasks=[arc_easy,tasks/mine.yaml] limit=200
 """
 
 
@@ -27,17 +41,49 @@ def run(overrides: Sequence[str], options: Options) -> None:
     from efficient_lm.validation import validate
 
     config = validate(EvaluateConfig, compose(ROOT, overrides, options.config_dirs).values)
+    if config.output is not None:
+        _check_output(Path(config.output))
+    if config.tasks is not None:
+        # Before anything else is computed: it says so if lm-eval is not installed.
+        import efficient_lm.evaluation.lm_eval  # noqa: F401
 
     from efficient_lm.api import load
+    from efficient_lm.training.reporting import write_json_atomically
 
     model = load(config.checkpoint)
-    paths = (config.text,) if isinstance(config.text, str) else config.text
-    scores = model.evaluate(paths or config.data, config.sequence_length, config.batch_size)
-    length = config.sequence_length or model.config.train.sequence_length
-    print(f"{config.checkpoint}, step {model.step}: rows of {length} tokens, documents apart")
-    for name, value in scores.items():
-        print(
-            f"  {name.replace('_', ' '):<14} {value:,}"
-            if isinstance(value, int)
-            else f"  {name.replace('_', ' '):<14} {value:.4f}"
-        )
+    results = evaluate(model, config)
+    if config.output is not None:
+        write_json_atomically(config.output, results)
+        print(f"kept in {config.output}")
+
+
+def evaluate(model: "Model", config: "EvaluateConfig") -> dict[str, Any]:
+    """Evaluate, print tables, and return what `output` keeps."""
+    from efficient_lm.evaluation.report import task_report, text_report
+
+    results: dict[str, Any] = {"checkpoint": config.checkpoint, "step": model.step, "text": None, "tasks": None}
+    print(f"{config.checkpoint}, step {model.step}")
+    if config.tasks is None or config.text is not None or config.data is not None:
+        paths = (config.text,) if isinstance(config.text, str) else config.text
+        results["text"] = model.evaluate(
+            paths or config.data, config.sequence_length, config.batch_size,
+            stride=config.stride, begin=config.begin, limit=config.limit,
+        )  # fmt: skip
+        print(text_report(results["text"]))
+    if config.tasks is not None:
+        from efficient_lm.evaluation.lm_eval import run_tasks
+
+        results["tasks"] = run_tasks(
+            model, (config.tasks,) if isinstance(config.tasks, str) else config.tasks,
+            fewshot=config.fewshot, limit=config.limit, sequence_length=config.sequence_length,
+            batch_size=config.batch_size,
+        )  # fmt: skip
+        print(task_report(results["tasks"]))
+    return results
+
+
+def _check_output(path: Path) -> None:
+    if path.is_dir():
+        raise ConfigError(f"output: '{path}' is a folder; name a file in it")
+    if not path.absolute().parent.is_dir():
+        raise ConfigError(f"output: there is no folder '{path.parent}'")

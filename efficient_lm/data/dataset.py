@@ -93,6 +93,16 @@ class Data:
         self._packing: Packing = PACKINGS[spec.packing](train.store, train.documents, sequence_length, order)
 
     @property
+    def validation(self) -> Part:
+        """The documents that are held out. Raises `DataError` if there is none."""
+        if not len(self._validation.documents):
+            raise DataError(
+                f"no validation documents: the {self._spec.source.kind} source has {len(self._train.documents)}; "
+                "set data.validation, or data.holdout_every to no more than that"
+            )
+        return self._validation
+
+    @property
     def rows_per_epoch(self) -> int:
         return self._packing.rows
 
@@ -136,13 +146,8 @@ class Data:
             DataError: there is no validation document.
             ConfigError: processes that do not divide the batch.
         """
-        if not len(self._validation.documents):
-            raise DataError(
-                f"no validation documents: the {self._spec.source.kind} source has {len(self._train.documents)}; "
-                "set data.validation, or data.holdout_every to no more than that"
-            )
         return _ordered(
-            self._validation,
+            self.validation,
             self._length,
             batch_size,
             _share(batch_size, process_index, process_count),

@@ -1,0 +1,51 @@
+"""Results of an evaluation as text."""
+
+import textwrap
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+FIGURES = ("loss", "perplexity", "bits_per_byte", "tokens", "bytes", "documents", "windows")
+WIDTH = 100
+
+
+def text_report(scores: dict[str, Any]) -> str:
+    """What `evaluate_documents` returned: the sentence, the figures, and the loss by context."""
+    lines = textwrap.wrap(scores["scored"], WIDTH)
+    lines += [f"  {name.replace('_', ' '):<14} {_figure(scores[name])}" for name in FIGURES]
+    curve = [
+        (f"{row['first']:,}" if row["first"] == row["last"] else f"{row['first']:,} to {row['last']:,}",
+         f"{row['loss']:.4f}", f"{row['tokens']:,}")
+        for row in scores["loss_by_context"]
+    ]  # fmt: skip
+    return "\n".join([*lines, "", *_table(("tokens read", "loss", "tokens"), curve)])
+
+
+def task_report(tasks: dict[str, dict[str, Any]]) -> str:
+    """What `run_tasks` returned, a row per metric."""
+    rows = []
+    for name, task in tasks.items():
+        for metric, value in task["metrics"].items():
+            error = value["stderr"]
+            rows.append((
+                name, metric, _figure(value["value"]), "" if error is None else f"± {error:.4f}",
+                "" if task["examples"] is None else f"{task['examples']:,}",
+                "" if task["fewshot"] is None else str(task["fewshot"]),
+            ))  # fmt: skip
+    return "\n".join(_table(("task", "metric", "value", "", "examples", "shots"), rows, left=2))
+
+
+def _figure(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:,.4f}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> Iterator[str]:
+    """Lines of a table whose first `left` columns are set to the left."""
+    widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
+    for row in [head, *rows]:
+        cells = [
+            f"{cell:<{width}}" if column < left else f"{cell:>{width}}"
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        yield "  " + "  ".join(cells).rstrip()
