@@ -11,6 +11,7 @@ from efficient_lm.composition import compose, read_yaml, to_yaml
 from efficient_lm.data.dataset import DataSpec
 from efficient_lm.data.tokenizers import TokenizerSpec
 from efficient_lm.errors import CheckpointError, ConfigError
+from efficient_lm.evaluation.windows import WindowSpec
 from efficient_lm.models.ffns.base import FFNSpec
 from efficient_lm.models.language_model import ModelSpec
 from efficient_lm.models.mixers.base import MixerSpec
