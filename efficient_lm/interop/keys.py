@@ -188,24 +188,27 @@ class Spread:
         config[self.name] = layers.spec.init_std or self.default
 
 
-GATED = {
+ACTIVATIONS = {
+    "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_python": "gelu", "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh", "gelu_accurate": "gelu_tanh", "relu": "relu",
+    "relu2": "relu_squared", "quick_gelu": "quick_gelu", "sigmoid": "sigmoid", "tanh": "tanh", "linear": "identity",
+}  # fmt: skip
+"""Published name of an activation → ours; of several names, the first is written."""
+
+PLAIN = {theirs: {"block.ffn.activation": ours} for theirs, ours in ACTIVATIONS.items()}
+"""Activation of a plain channel mixer → ours."""
+
+_GATED_KINDS = {
     "silu": {"block.ffn.kind": "swiglu"},
-    "swish": {"block.ffn.kind": "swiglu"},
-    "gelu_pytorch_tanh": {"block.ffn.kind": "geglu", "block.ffn.approximate": True},
-    "gelu_new": {"block.ffn.kind": "geglu", "block.ffn.approximate": True},
     "gelu": {"block.ffn.kind": "geglu", "block.ffn.approximate": False},
+    "gelu_tanh": {"block.ffn.kind": "geglu", "block.ffn.approximate": True},
     "relu": {"block.ffn.kind": "reglu"},
 }
+GATED = {
+    theirs: _GATED_KINDS.get(ours, {"block.ffn.kind": "glu", "block.ffn.activation": ours})
+    for theirs, ours in ACTIVATIONS.items()
+}
 """Activation of a gated channel mixer → our kind."""
-
-PLAIN = {
-    theirs: {"block.ffn.activation": ours}
-    for theirs, ours in {
-        "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh",
-        "relu": "relu", "relu2": "relu_squared", "silu": "silu", "swish": "silu",
-    }.items()
-}  # fmt: skip
-"""Activation of a plain channel mixer → ours."""
 
 
 def lookup(config: Config, name: str, default: Any = REQUIRED) -> Any:
@@ -245,7 +248,8 @@ def merged(first: Config, second: Config) -> Config:
     both = copy.deepcopy(first)
     for name, value in second.items():
         inner = both.get(name)
-        both[name] = merged(inner, value) if isinstance(inner, dict) and isinstance(value, dict) else value
+        nested = isinstance(inner, dict) and isinstance(value, dict)
+        both[name] = merged(inner, value) if nested else copy.deepcopy(value)
     return both
 
 

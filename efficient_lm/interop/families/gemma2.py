@@ -31,7 +31,7 @@ def size_from_scale(scale: float | None) -> float | None:
     return round(size) if round(size) ** -0.5 == scale else size
 
 
-def keys(softcap: float | None, logit_softcap: float | None, *paths: str) -> tuple[Binding, ...]:
+def keys(softcap: Binding, logit_softcap: float | None, *paths: str) -> tuple[Binding, ...]:
     """What Gemma 2 and 3 name alike; `paths` are norms besides those of the blocks."""
     return (
         *shape(256000, 2304, 8, 4, 9216),
@@ -43,7 +43,7 @@ def keys(softcap: float | None, logit_softcap: float | None, *paths: str) -> tup
         Named("hidden_activation", GATED, "gelu_pytorch_tanh"),
         key("rms_norm_eps", "final_norm.epsilon", "block.norm.epsilon", *paths, default=1e-6),
         key("attention_bias", "block.mixer.bias", "block.mixer.output_bias", default=False),
-        key("attn_logit_softcapping", "block.mixer.softcap", default=softcap),
+        softcap,
         key("final_logit_softcapping", "logit_softcap", default=logit_softcap),
         key("tie_word_embeddings", "tied", default=True),
         Only("use_bidirectional_attention", (False, None), False),
@@ -57,7 +57,7 @@ FAMILY = Family(
     model=MODEL,
     block=BLOCK,
     keys=(
-        *keys(50.0, 30.0),
+        *keys(key("attn_logit_softcapping", "block.mixer.softcap", default=50.0), 30.0),
         LayerTypes(26, window, lambda config, layer: "full_attention" if layer % 2 else "sliding_attention"),
         Rotary(),
     ),

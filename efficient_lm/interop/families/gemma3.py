@@ -3,7 +3,7 @@
 from efficient_lm.interop.families.base import Family
 from efficient_lm.interop.families.gemma2 import BLOCK, MODEL, NORMS, RMS, keys, window
 from efficient_lm.interop.families.llama import ATTENTION, GATED_MLP, QK_NORM, TENSORS
-from efficient_lm.interop.keys import Config, Draft, Layers, merged, put
+from efficient_lm.interop.keys import Config, Draft, Layers, Only, merged, put
 from efficient_lm.interop.rotary import position, published, scaling
 from efficient_lm.interop.windows import KINDS, LayerTypes, by_type
 
@@ -44,7 +44,12 @@ FAMILY = Family(
     architecture="Gemma3ForCausalLM",
     model=MODEL,
     block=merged(BLOCK, {"mixer": {"qk_norm": RMS}}),
-    keys=(*keys(None, None, "block.mixer.qk_norm.epsilon"), LayerTypes(26, window, layer_type), RotaryByType()),
+    keys=(
+        # The reference reads a cap of the attention logits and does not apply it: refused rather than guessed.
+        *keys(Only("attn_logit_softcapping", (None,)), None, "block.mixer.qk_norm.epsilon"),
+        LayerTypes(26, window, layer_type),
+        RotaryByType(),
+    ),
     tensors=TENSORS,
     layer_tensors=(*ATTENTION, *QK_NORM, *GATED_MLP, *NORMS),
 )

@@ -1,0 +1,90 @@
+"""Every family against the torch reference: logits, loss, every gradient norm, greedy tokens, and back to the bit."""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+import efficient_lm as elm
+from efficient_lm.inference.sampling import SamplingSpec
+from efficient_lm.interop.families import FAMILIES
+from efficient_lm.interop.families.base import essence
+from efficient_lm.interop.state import published
+from efficient_lm.models.context import Context
+from efficient_lm.objectives.causal_lm import CausalLMSpec
+
+GOLDENS = Path(__file__).parent.parent / "goldens"
+NAMES = ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "olmo2", "gpt_neox", "gpt2", "diffllama"]
+
+
+class Golden:
+    def __init__(self, name):
+        self.folder = GOLDENS / name
+        self.config = json.loads((self.folder / "config.json").read_text())
+        self.family = FAMILIES[self.config["model_type"]]
+        self.model = elm.from_hf(self.folder)
+        self.arrays = load_file(self.folder / "golden.safetensors")
+        self.norms = json.loads((self.folder / "grad_norms.json").read_text())
+        self.ids = jnp.asarray(self.arrays["input_ids"], jnp.int32)
+
+    def loss(self, params):
+        context = Context.rows(self.ids.shape[0], self.ids.shape[1] - 1)
+        batch = {
+            "tokens": self.ids[:, :-1], "targets": self.ids[:, 1:], "weights": jnp.ones(self.ids[:, 1:].shape),
+            "positions": context.positions, "segment_ids": context.segment_ids,
+        }  # fmt: skip
+        sums = CausalLMSpec().sums(self.model.model, params, batch, jnp.float32)
+        return sums.loss / sums.weight
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def golden(request):
+    return Golden(request.param)
+
+
+def test_logits(golden):
+    want = golden.arrays["logits"]
+    assert np.abs(np.asarray(golden.model.logits(golden.ids)) - want).max() < 2e-5 * np.abs(want).max()
+
+
+def test_loss_and_every_gradient_norm(golden):
+    loss, gradients = jax.jit(jax.value_and_grad(golden.loss))(golden.model.params)
+    np.testing.assert_allclose(loss, golden.arrays["loss"][0], rtol=1e-5)
+    # Written by the same description as parameters; the reference renames GPT-NeoX's head when it saves.
+    rename = {"embed_out.weight": "lm_head.weight"}
+    found = {
+        rename.get(name, name): np.linalg.norm(array)
+        for name, array in published(golden.family, golden.model.model, gradients)
+    }
+    assert found.keys() == golden.norms.keys()
+    for name, want in golden.norms.items():
+        np.testing.assert_allclose(found[name], want, rtol=1e-3, err_msg=name)
+
+
+def test_greedy_tokens(golden):
+    prompt = np.asarray(golden.arrays["greedy"][0, :20], np.int32)
+    made = golden.model.decoder.stream([prompt], 12, SamplingSpec(temperature=0.0))
+    assert [int(token[0]) for token in made] == golden.arrays["greedy"][0, 20:].tolist()
+
+
+def test_back_to_the_bit(golden, tmp_path):
+    folder = golden.model.to_hf(tmp_path / "out")
+    before, after = (load_file(path / "model.safetensors") for path in (golden.folder, folder))
+    assert before.keys() == after.keys()
+    assert all(before[name].dtype == after[name].dtype for name in before)
+    assert all(before[name].tobytes() == after[name].tobytes() for name in before)
+    config = json.loads((folder / "config.json").read_text())
+    assert {name: config[name] for name in golden.config} == golden.config
+    assert elm.from_hf(folder).config.model == golden.model.config.model
+
+
+def test_a_config_is_written_from_the_spec_alone(golden):
+    """Nothing of the original config is needed: what is written describes the same model."""
+    written = golden.family.config(golden.model.config.model)
+    assert essence(golden.family.spec(written)) == essence(golden.model.config.model)
+    same = {name for name in golden.config.keys() & written.keys() if golden.config[name] == written[name]}
+    assert {"vocab_size", "model_type", "tie_word_embeddings"} <= same
