@@ -103,7 +103,7 @@ def framework_arm(options: argparse.Namespace, batch: dict[str, np.ndarray]) -> 
     model = model_spec(options).build()
     optimizer, layout, shardings = framework_parts(model)
     step = framework_step(model, options)
-    state = jax.jit(lambda key: initial_state(model, optimizer, key), out_shardings=shardings)(jax.random.key(0))
+    state = jax.jit(lambda key: initial_state(model.init(key), optimizer), out_shardings=shardings)(jax.random.key(0))
     return jax_rounds(step, state, lambda: layout.batch(batch))
 
 
@@ -349,7 +349,7 @@ def compile_once(options: argparse.Namespace, depth: int, batch: dict[str, jax.S
     start = time.perf_counter()
     model = model_spec(options, depth).build()
     optimizer, _, _ = framework_parts(model)
-    state = jax.eval_shape(lambda: initial_state(model, optimizer, jax.random.key(0)))
+    state = jax.eval_shape(lambda: initial_state(model.init(jax.random.key(0)), optimizer))
     framework_step(model, options).lower(state, batch).compile()
     return time.perf_counter() - start
 

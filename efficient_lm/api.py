@@ -15,7 +15,6 @@ from efficient_lm.data.dataset import DataSpec
 from efficient_lm.data.sources import FilesSource
 from efficient_lm.data.store import open_store
 from efficient_lm.data.tokenizers import Tokenizer, load_tokenizer
-from efficient_lm.errors import CheckpointError
 from efficient_lm.evaluation.bits_per_byte import make_scorer
 from efficient_lm.evaluation.text import evaluate_documents
 from efficient_lm.evaluation.windows import WindowSpec
@@ -27,7 +26,7 @@ from efficient_lm.models.context import Context
 from efficient_lm.models.parameters import Parameters
 from efficient_lm.objectives.base import ObjectiveSpec
 from efficient_lm.training.checkpoints import Checkpoints, load_parameters
-from efficient_lm.training.run_directory import RunDirectory
+from efficient_lm.training.run_directory import RunDirectory, locate
 from efficient_lm.validation import validate
 
 if TYPE_CHECKING:
@@ -211,18 +210,10 @@ def load(path: str | Path) -> Model:
         CheckpointError: there is no model, nothing in it can be read, or config and parameters do not fit each other.
         ConfigError: a published model of a family or with an option that is not supported.
     """
-    path, step = Path(path), None
+    path = Path(path)
     if is_published(path):
         return _published(open_published(path), path.stem)
-    if path.parent.name == "checkpoints" and path.name.isdigit():
-        path, step = path.parent.parent, int(path.name)
-    run = RunDirectory(path)
-    if not run.config.is_file():
-        beside = (
-            sorted(str(found.parent) for found in path.parent.glob("*/config.yaml")) if path.parent.is_dir() else []
-        )
-        hint = f"; there are {', '.join(beside[:5])}" if beside else ""
-        raise CheckpointError(f"{path}: neither a run directory (no config.yaml) nor a published model{hint}")
+    run, step = locate(path)
     config = read_config(run.config)
     params, record = load_parameters(run.checkpoints, config.model.build().declarations, step)
     return Model(config, params, load_tokenizer(run.tokenizer), record["step"], Origin.load(run.origin))

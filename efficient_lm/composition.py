@@ -149,7 +149,10 @@ def compose(
     for override in of_groups:
         _check_choice(override, roots)
     config, choices = _compose_groups(verb, [override.input_line for override in of_groups], roots)
-    composed = _Composition(roots, verb, config, choices, _mentioned(config))
+    source = _source(config, of_values)
+    if source is not None:
+        _begin_with(source, config, choices, {override.key_or_group for override in of_groups}, roots.defaults(verb))
+    composed = _Composition(roots, verb, config, choices, _mentioned(config), source)
     expanded: set[str] = set()
     # Palettes first: a place that departs from its palette departs from the one the user asked for.
     for override in sorted(of_values, key=lambda override: _top(override) not in PALETTES):
@@ -160,6 +163,29 @@ def compose(
         if section in config and OmegaConf.missing_keys(config[section]):
             del config[section]
     return Composed(verb, _resolved(config), choices)
+
+
+def _source(config: DictConfig, overrides: list[Override]) -> str | None:
+    """The model that training begins with, if any."""
+    said = [override for override in overrides if override.key_or_group == "init_from" and not override.is_delete()]
+    source = said[-1].value() if said else config.get("init_from")
+    return None if source is None else str(source)
+
+
+def _begin_with(
+    source: str, config: DictConfig, choices: dict[str, str | None], said: set[str], defaults: dict[str, str | None]
+) -> None:
+    """Put the model and the tokenizer of `source` in place of those that nobody chose."""
+    from efficient_lm.training.initialization import sections
+
+    found = sections(source)
+    if "tokenizer" in said or choices.get("tokenizer") != defaults.get("tokenizer"):
+        del found["tokenizer"]
+        found["model"]["vocab_size"] = None
+    if "model" in said:
+        del found["model"]
+    for section, values in found.items():
+        config[section] = OmegaConf.create(values, flags={"allow_objects": False})
 
 
 def _mentioned(config: DictConfig) -> set[str]:
@@ -219,6 +245,7 @@ class _Composition:
 
     Attributes:
         read: palettes that the model mentions before values of the command line are applied.
+        source: `init_from`, whose model stands in for the one that the choices name.
     """
 
     roots: ConfigRoots
@@ -226,21 +253,26 @@ class _Composition:
     config: DictConfig
     choices: dict[str, str | None]
     read: set[str]
+    source: str | None = None
 
     def refuse_if_set(self, palette: str, overrides: list[Override]) -> None:
         """Raise `ConfigError` if the command line, another choice or an experiment set it."""
         setting = self._setting(palette, overrides)
         if setting is not None:
             blocks = ", ".join(keys(OmegaConf.select(self.config, "model.blocks")))
+            named = f"model={self.choices.get('model')}" if self.source is None else f"init_from={self.source}"
+            other = ", or choose model=uniform" if self.source is None else ""
             raise ConfigError(
-                f"{setting}: nothing reads it: model={self.choices.get('model')} names the {palette} of its blocks "
-                f"itself; set model.blocks.NAME.{palette} (blocks: {blocks}), or choose model=uniform"
+                f"{setting}: nothing reads it: {named} names the {palette} of its blocks itself; "
+                f"set model.blocks.NAME.{palette} (blocks: {blocks}){other}"
             )
 
     def _setting(self, palette: str, overrides: list[Override]) -> str | None:
         if palette not in self.config:
             return None
         said = [override for override in overrides if _top(override) == palette]
+        if self.source is not None:
+            return said[0].input_line if said else None
         if self._copied(palette):
             said = [override for override in said if override.key_or_group != palette]
         if said:

@@ -87,7 +87,11 @@ class TrainSpec(Spec):
 
 
 class RunConfig(Spec):
-    """A training run, whole. What `config.yaml` in a run directory holds."""
+    """A training run, whole. What `config.yaml` in a run directory holds.
+
+    Attributes:
+        init_from: what the parameters begin with: a published model, a run directory or a checkpoint; None draws them.
+    """
 
     model: ModelSpec
     objective: OneOf[ObjectiveSpec]
@@ -98,6 +102,7 @@ class RunConfig(Spec):
     precision: PrecisionSpec = PrecisionSpec()
     parallelism: ParallelismSpec = ParallelismSpec()
     tracker: OneOf[TrackerSpec]
+    init_from: Name | None = None
     run: RunSpec
     train: TrainSpec
 

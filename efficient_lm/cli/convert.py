@@ -30,6 +30,7 @@ def run(overrides: Sequence[str], options: Options) -> None:
     config = validate(ConvertConfig, compose(ROOT, overrides, options.config_dirs).values)
 
     from efficient_lm.api import load
+    from efficient_lm.data.tokenizers import AbsentTokenizer
     from efficient_lm.errors import ConfigError
     from efficient_lm.interop.hugging_face import check_free
     from efficient_lm.interop.sources import is_published
@@ -45,5 +46,5 @@ def run(overrides: Sequence[str], options: Options) -> None:
     count = count_parameters(model.model.declarations)
     tied = ", tied" if model.config.model.tied else ""
     print(f"{config.source}: {count / 1e6:,.1f} M parameters{tied} → {path}")
-    verb = "evaluate" if form == "run" else "generate"
-    print(f"next:\n  efficient-lm {verb} checkpoint={path}")
+    if not isinstance(model.tokenizer, AbsentTokenizer):
+        print(f"next:\n  efficient-lm evaluate checkpoint={path}\n  efficient-lm train init_from={path}")

@@ -120,6 +120,11 @@ class Tokenizer(ABC):
     def decode(self, ids: Iterable[int]) -> str:
         """Text of the ids without special tokens; bytes that are not UTF-8 become U+FFFD."""
 
+    @abstractmethod
+    def meanings(self) -> list[bytes | None]:
+        """What each id stands for: the bytes of a token, or the name of a special one after a zero byte; None for
+        nothing. Two vocabularies are matched by it."""
+
     def stream(self) -> ByteStream | WindowStream:
         """An incremental `decode`: `put(id)` and finally `end()` return printable pieces of the text."""
         return WindowStream(self.decode)
@@ -155,6 +160,9 @@ class ByteTokenizer(Tokenizer):
 
     def decode(self, ids: Iterable[int]) -> str:
         return b"".join(map(self._bytes, ids)).decode("utf-8", "replace")
+
+    def meanings(self) -> list[bytes | None]:
+        return [*(bytes([byte]) for byte in range(256)), b"\0" + END_OF_TEXT_NAMES[0].encode()]
 
     def stream(self) -> ByteStream:
         return ByteStream(self._bytes)
@@ -250,6 +258,16 @@ class HuggingFaceTokenizer(Tokenizer):
             return b"".join(map(self._bytes, ids)).decode("utf-8", "replace")
         return self._tokenizer.decode([int(i) for i in ids if i != self.end_of_text], skip_special_tokens=True)
 
+    def meanings(self) -> list[bytes | None]:
+        description = json.loads(self._source)
+        special = {token["id"]: token["content"] for token in description.get("added_tokens", []) if token["special"]}
+        found: list[bytes | None] = [None] * self.vocab_size
+        for name, index in self._tokenizer.get_vocab(with_added_tokens=True).items():
+            found[index] = self._token_bytes[index] if self._token_bytes is not None else _piece_bytes(name)
+        for index, name in special.items():
+            found[index] = b"\0" + name.encode()
+        return found
+
     def stream(self) -> ByteStream | WindowStream:
         return WindowStream(self.decode) if self._token_bytes is None else ByteStream(self._bytes)
 
@@ -276,6 +294,9 @@ class AbsentTokenizer(Tokenizer):
 
     def decode(self, ids: Iterable[int]) -> str:
         raise self._fault()
+
+    def meanings(self) -> list[bytes | None]:
+        return [None]
 
     def files(self) -> dict[str, bytes]:
         return {NONE_FILE: b'{"kind": "none"}\n'}
@@ -416,6 +437,12 @@ def _byte_alphabet() -> dict[str, int]:
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+def _piece_bytes(piece: str) -> bytes:
+    """The bytes of a SentencePiece token: ``▁`` is a space, ``<0x0A>`` a byte."""
+    byte = re.fullmatch(r"<0x([0-9A-F]{2})>", piece)
+    return bytes([int(byte.group(1), 16)]) if byte else piece.replace("▁", " ").encode()
 
 
 def _guess_end_of_text(path: Path, config: dict[str, Any], vocabulary: dict[str, int]) -> str:

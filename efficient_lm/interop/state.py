@@ -65,7 +65,7 @@ def entries(family: Family, model: LanguageModel) -> list[Entry]:
     for number, (segment, layer, index) in enumerate(model.stack.places):
         prefix = f"stack.{segment}.{layer}."
         places = {
-            path.removeprefix(prefix): _Place(path, index, _unstacked(declared))
+            path.removeprefix(prefix): _Place(path, index, declared.unstacked())
             for path, declared in table.items()
             if path.startswith(prefix)
         }
@@ -84,11 +84,6 @@ def _entries(tensors: Sequence[Tensor], places: dict[str, _Place]) -> list[Entry
         for tensor in tensors
         if all(source.path in places for source in tensor.sources)
     ]
-
-
-def _unstacked(declared: Declaration) -> Declaration:
-    matrix = declared.matrix and tuple(tuple(axis - 1 for axis in side) for side in declared.matrix)
-    return Declaration(declared.shape[1:], declared.axes[1:], declared.decay, matrix, declared.initializer)
 
 
 def read_parameters(family: Family, model: LanguageModel, source: TensorSource, where: str) -> Parameters:

@@ -87,6 +87,11 @@ class Declaration:
         shifted = self.matrix and tuple(tuple(axis + 1 for axis in side) for side in self.matrix)
         return replace(self, shape=(layers, *self.shape), axes=("layers", *self.axes), matrix=shifted)
 
+    def unstacked(self) -> "Declaration":
+        """The declaration of one of the parameters in an array with a leading axis `layers`."""
+        shifted = self.matrix and tuple(tuple(axis - 1 for axis in side) for side in self.matrix)
+        return replace(self, shape=self.shape[1:], axes=self.axes[1:], matrix=shifted)
+
 
 def parameter(
     axes: Mapping[str, int],

@@ -5,6 +5,7 @@ import math
 import signal
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -16,6 +17,7 @@ from efficient_lm.errors import CheckpointError, DivergedError
 from efficient_lm.evaluation.bits_per_byte import evaluate
 from efficient_lm.models.parameters import count_parameters
 from efficient_lm.training.checkpoints import Checkpoints
+from efficient_lm.training.initialization import read_source
 from efficient_lm.training.reporting import Console, MetricsFile, plot_loss, write_json_atomically
 from efficient_lm.training.run_directory import RunDirectory, differences
 from efficient_lm.training.setup import Setup, prepare
@@ -108,7 +110,7 @@ def _resume_or_start(setup: Setup, run: RunDirectory, checkpoints: Checkpoints) 
     save_config(run.config, setup.config)
     setup.tokenizer.save(run.tokenizer)
     if found is None:
-        return setup.fresh_state(), Progress()
+        return _begin(setup, run), Progress()
     items, record = found
     checkpoints.set_aside_after(record["step"])
     if record["tokenizer"] != setup.tokenizer.fingerprint:
@@ -117,6 +119,23 @@ def _resume_or_start(setup: Setup, run: RunDirectory, checkpoints: Checkpoints) 
     return {"parameters": items["parameters"], **items["optimizer"]}, Progress(
         record["step"], record["tokens"], record["seconds"]
     )
+
+
+def _begin(setup: Setup, run: RunDirectory) -> dict[str, Any]:
+    """The state before the first step: from `init_from`, or from the seed."""
+    if setup.config.init_from is None:
+        return setup.fresh_state()
+    source = read_source(Path(setup.config.init_from))
+    if source.origin is not None:
+        source.origin.save(run.origin)
+    length = setup.config.train.sequence_length
+    if source.context is not None and length > source.context:
+        log.warning(
+            "init_from: train.sequence_length %d is beyond the %d tokens that %s was made for; positions there are new "
+            "to it (a rotary position's theta and scaling can be set: model.blocks.NAME.mixer.position)",
+            length, source.context, source.where,
+        )  # fmt: skip
+    return setup.fresh_state(source)
 
 
 def _trained_on(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -216,7 +235,8 @@ class _Session:
         elif self.progress.step < config.train.steps:
             summary["stopped_by"] = "train.minutes"
         write_json_atomically(self.run.summary, summary)
-        plot_loss(self.run.path)
+        if self.metrics.path.exists():
+            plot_loss(self.run.path)
         self.tracker.finish(summary)
         return summary
 

@@ -70,6 +70,23 @@ class RunDirectory:
             os.close(self._lock)
 
 
+def locate(path: Path) -> tuple[RunDirectory, int | None]:
+    """The run directory at a path, or that of a checkpoint in one, and then its step.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    step = None
+    if path.parent.name == "checkpoints" and path.name.isdigit():
+        path, step = path.parent.parent, int(path.name)
+    run = RunDirectory(path)
+    if not run.config.is_file():
+        runs = sorted(str(found.parent) for found in path.parent.glob("*/config.yaml")) if path.parent.is_dir() else []
+        hint = f"; there are {', '.join(runs[:5])}" if runs else ""
+        raise CheckpointError(f"{path}: neither a run directory (no config.yaml) nor a published model{hint}")
+    return run, step
+
+
 def differences(saved: Any, wanted: Any, path: str = "") -> list[str]:
     """Dotted keys at which two plain configs differ, as ``key: saved → wanted``."""
     if isinstance(saved, dict) and isinstance(wanted, dict):

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,6 +16,7 @@ from efficient_lm.errors import ConfigError
 from efficient_lm.evaluation.bits_per_byte import make_scorer
 from efficient_lm.models.language_model import LanguageModel
 from efficient_lm.models.parameters import decay_mask
+from efficient_lm.training.initialization import Source, check_source, transferred
 from efficient_lm.training.parallelism import Layout
 from efficient_lm.training.step import abstract_state, initial_state, make_step, state_shardings
 
@@ -51,11 +53,16 @@ class Setup:
         """The jitted evaluation of a batch."""
         return make_scorer(self.model, self.config.precision.dtype)
 
-    def fresh_state(self) -> dict[str, Any]:
-        """Parameters from the seed, born on the devices that keep them."""
+    def fresh_state(self, source: Source | None = None) -> dict[str, Any]:
+        """Parameters from a source, or from the seed and then born on the devices that keep them."""
         shardings = state_shardings(self.model, self.optimizer, self.layout)
-        init = jax.jit(lambda key: initial_state(self.model, self.optimizer, key), out_shardings=shardings)
-        return init(jax.random.key(self.config.run.seed))
+        key = jax.random.key(self.config.run.seed)
+        if source is None:
+            init = jax.jit(lambda key: initial_state(self.model.init(key), self.optimizer), out_shardings=shardings)
+            return init(key)
+        params = jax.device_put(transferred(source, self.model, self.tokenizer, key), shardings["parameters"])
+        begin = jax.jit(lambda params: initial_state(params, self.optimizer), out_shardings=shardings, donate_argnums=0)
+        return begin(params)
 
     def abstract_state(self) -> dict[str, Any]:
         """Shapes, dtypes and shardings of the state."""
@@ -88,6 +95,8 @@ def prepare(config: RunConfig) -> Setup:
     config = with_vocabulary(config, tokenizer)
     model = config.model.build()
     model.check_length(train.sequence_length, "train.sequence_length")
+    if config.init_from is not None:
+        check_source(Path(config.init_from), model)
     data = config.data.open(tokenizer, train.sequence_length, config.run.seed)
     schedule = config.schedule.build(config.optimizer.learning_rate, train.steps)
     optimizer = config.optimizer.build(schedule, decay_mask(model.declarations))

@@ -16,9 +16,8 @@ State = dict[str, Any]
 """`parameters`, `optimizer` (Optax state), and int32 scalars `step` and `nonfinite` (steps in a row)."""
 
 
-def initial_state(model: LanguageModel, optimizer: optax.GradientTransformation, key: jax.Array) -> State:
-    """Fresh parameters and optimizer state, at step 0."""
-    params = model.init(key)
+def initial_state(params: Parameters, optimizer: optax.GradientTransformation) -> State:
+    """Parameters with a fresh optimizer state, at step 0."""
     zero = jnp.zeros((), jnp.int32)
     return {"parameters": params, "optimizer": optimizer.init(params), "step": zero, "nonfinite": zero}
 
@@ -44,7 +43,7 @@ def state_shardings(model: LanguageModel, optimizer: optax.GradientTransformatio
 
 def abstract_state(model: LanguageModel, optimizer: optax.GradientTransformation, layout: Layout) -> State:
     """Shape, dtype and sharding of every array of the state; nothing is allocated."""
-    shapes = jax.eval_shape(lambda: initial_state(model, optimizer, jax.random.key(0)))
+    shapes = jax.eval_shape(lambda: initial_state(model.init(jax.random.key(0)), optimizer))
     shardings = state_shardings(model, optimizer, layout)
     return jax.tree.map(
         lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), shapes, shardings

@@ -244,6 +244,8 @@ def test_a_smaller_vocabulary_than_the_tokenizers_is_refused(text, tmp_path):
 def test_wall_time_can_be_limited(text, tmp_path):
     summary = run(text, tmp_path / "short", **{"train.minutes": 1e-4, "train.steps": 1000})
     assert summary["stopped_by"] == "train.minutes" and summary["step"] < 1000
+    before_any_row = run(text, tmp_path / "none", **{"train.minutes": 1e-9})
+    assert before_any_row["step"] == 0 and (tmp_path / "none" / "summary.json").is_file()
 
 
 def test_the_python_interface(whole, tmp_path):

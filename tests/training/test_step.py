@@ -51,7 +51,7 @@ def stepped(batch, steps=1, optimizer=None, **options):
     model = SPEC.build()
     optimizer = optimizer or optax.sgd(1.0)
     step = jax.jit(make_step(model, CausalLMSpec(z_loss=1e-3), optimizer, **options))
-    state = initial_state(model, optimizer, jax.random.key(0))
+    state = initial_state(model.init(jax.random.key(0)), optimizer)
     for _ in range(steps):
         state, metrics = step(state, batch)
     return state, metrics
@@ -83,7 +83,7 @@ def test_padding_rows_change_nothing():
 def test_clipping_bounds_the_update():
     free, metrics = stepped(rows(8))
     clipped, _ = stepped(rows(8), clip_norm=0.05)
-    start = initial_state(SPEC.build(), optax.sgd(1.0), jax.random.key(0))["parameters"]
+    start = initial_state(SPEC.build().init(jax.random.key(0)), optax.sgd(1.0))["parameters"]
 
     def moved(state):
         return float(optax.tree.norm(jax.tree.map(jnp.subtract, state["parameters"], start)))
@@ -98,7 +98,7 @@ def test_a_step_that_is_not_a_number_changes_only_counters():
     optimizer = optax.adamw(1e-2, mask=decay_mask(SPEC.build().declarations))
     model = SPEC.build()
     step = jax.jit(make_step(model, CausalLMSpec(), optimizer))
-    before, _ = step(initial_state(model, optimizer, jax.random.key(0)), batch)
+    before, _ = step(initial_state(model.init(jax.random.key(0)), optimizer), batch)
     after, metrics = step(before, broken)
     assert gap(before["parameters"], after["parameters"]) == 0 and gap(before["optimizer"], after["optimizer"]) == 0
     assert int(after["step"]) == 2 and int(after["nonfinite"]) == 1 and float(metrics["nonfinite"]) == 1
@@ -168,7 +168,8 @@ MANY_DEVICES = """
     for spec in (ParallelismSpec(), ParallelismSpec(mesh={{"data": 2, "fsdp": 2}}, rules={{"embed": "fsdp"}})):
         model, optimizer, layout = SPEC.build(), optax.adamw(1e-2), spec.build()
         shardings = state_shardings(model, optimizer, layout)
-        state = jax.jit(lambda key: initial_state(model, optimizer, key), out_shardings=shardings)(jax.random.key(0))
+        begin = jax.jit(lambda key: initial_state(model.init(key), optimizer), out_shardings=shardings)
+        state = begin(jax.random.key(0))
         step = make_step(model, CausalLMSpec(z_loss=1e-3), optimizer, accumulate=2)
         step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, layout.replicated))
         for _ in range(3):
