@@ -7,7 +7,6 @@ that comes with a downloaded checkpoint cannot run code.
 """
 
 import importlib
-import math
 import pkgutil
 from collections.abc import Mapping
 from importlib.metadata import entry_points
@@ -157,26 +156,19 @@ class Listing:
 
 
 class Ramp(Spec):
-    """A value that goes with depth from `start` (first occurrence) to `end` (last), linearly.
-
-    With `rate` it approaches `end` exponentially instead, whatever the number of occurrences:
-    ``end - (end - start) * exp(-rate * index)``.
-    """
+    """A value that goes linearly with depth from `start` (first occurrence) to `end` (last)."""
 
     start: Real
     end: Real
-    rate: Positive | None = None
 
     def value(self, index: int, count: int, whole: bool) -> float | int:
-        """The value of occurrence `index` of `count`."""
-        left = 1 - index / max(count - 1, 1) if self.rate is None else math.exp(-self.rate * index)
-        value = self.end - (self.end - self.start) * left
+        value = self.start + (self.end - self.start) * (index / max(count - 1, 1))
         return round(value) if whole else value
 
     @model_validator(mode="before")
     @classmethod
     def _needs_both(cls, value: Any) -> Any:
-        if isinstance(value, Mapping) and not {"start", "end"} <= set(value) <= {"start", "end", "rate"}:
+        if isinstance(value, Mapping) and set(value) != {"start", "end"}:
             raise PydanticCustomError(
                 "ramp", "a value that varies with depth is a list, or a mapping with 'start' and 'end'", {}
             )

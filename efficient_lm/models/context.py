@@ -10,7 +10,9 @@ import jax.numpy as jnp
 Mode = Literal["train", "prefill", "decode"]
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["positions", "segment_ids"], meta_fields=["mode", "packed"])
+@partial(
+    jax.tree_util.register_dataclass, data_fields=["positions", "segment_ids", "layer"], meta_fields=["mode", "packed"]
+)
 @dataclass(frozen=True)
 class Context:
     """Positions and documents of a batch of rows.
@@ -20,12 +22,14 @@ class Context:
         segment_ids: int32 ``[batch, time]``; equal ids are one document, 0 is padding.
         mode: ``train`` (no cache), ``prefill`` (the cache is empty on entry) or ``decode`` (it holds what came before).
         packed: whether rows may hold padding or several documents; False lets a mixer skip those masks.
+        layer: index in the model of the layer that is told, from 0; the stack sets it.
     """
 
     positions: jax.Array
     segment_ids: jax.Array
     mode: Mode = field(default="train")
     packed: bool = field(default=True)
+    layer: jax.Array | int = 0
 
     @classmethod
     def rows(cls, batch: int, time: int) -> "Context":

@@ -6,7 +6,7 @@ grow with depth. Layers that differ from their neighbours fall into segments of 
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -141,7 +141,8 @@ class Stack:
         new_caches: Caches = {}
         auxiliary: Auxiliary = {}
         for name, (part, period) in zip(params, zip(self.segments, self.periods, strict=True), strict=True):
-            steps = (params[name], None if caches is None else caches[name])
+            order = part.start + jnp.arange(part.layers, dtype=jnp.int32).reshape(part.repeats, len(period))
+            steps = (params[name], None if caches is None else caches[name], order)
             body = self._period(period, context)
             if part.repeats > 1 and self.scan:
                 x, (new_caches[name], sums) = lax.scan(body, x, steps)
@@ -152,12 +153,17 @@ class Stack:
         return x, None if caches is None else new_caches, auxiliary
 
     def _period(self, period: Sequence[Blueprint], context: Context) -> Callable:
-        def run(x: jax.Array, step: tuple[Parameters, Caches | None]) -> tuple[jax.Array, tuple[Any, Auxiliary]]:
-            params, caches = step
+        def run(
+            x: jax.Array, step: tuple[Parameters, Caches | None, jax.Array]
+        ) -> tuple[jax.Array, tuple[Any, Auxiliary]]:
+            params, caches, order = step
             new_caches: dict[str, Any] = {}
             auxiliary: Auxiliary = {}
-            for (name, values), blueprint in zip(params.items(), period, strict=True):
-                block = self.remat(lambda values, x, cache, blueprint=blueprint: blueprint(values)(x, context, cache))
+            for place, ((name, values), blueprint) in enumerate(zip(params.items(), period, strict=True)):
+                here = replace(context, layer=order[place])
+                block = self.remat(
+                    lambda values, x, cache, blueprint=blueprint, here=here: blueprint(values)(x, here, cache)
+                )
                 x, new_caches[name], more = block(values, x, None if caches is None else caches[name])
                 auxiliary = _added(auxiliary, more)
             return x, (None if caches is None else new_caches, auxiliary)

@@ -1,5 +1,7 @@
 """Differential attention against its equations, written out token by token, and the properties of every mixer."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,10 +22,10 @@ OPTIONS = {
 }  # fmt: skip
 
 
-def model_of(**options):
+def model_of(repeats=2, **options):
     mixer = {"kind": "differential_attention", "heads": 4, "kv_heads": 2, **options}
     block = {"mixer": mixer}
-    spec = {"width": WIDTH, "vocab_size": VOCAB, "blocks": {"layer": block}, "layout": ["layer"], "repeats": 2}
+    spec = {"width": WIDTH, "vocab_size": VOCAB, "blocks": {"layer": block}, "layout": ["layer"], "repeats": repeats}
     return ModelSpec.model_validate(spec).build()
 
 
@@ -134,15 +136,28 @@ def test_bfloat16_tracks_float32():
     assert np.sqrt(np.mean((narrow - wide) ** 2)) < 0.05 * np.sqrt(np.mean(wide**2))
 
 
-def test_lambda_starts_by_depth_and_can_be_given():
-    starts = [layer.mixer.lambda_init for layer in model_of().layers]
-    np.testing.assert_allclose(starts, [0.2, 0.8 - 0.6 * np.exp(-0.3)], rtol=1e-12)
-    assert [layer.mixer.lambda_init for layer in model_of(lambda_init=[0.5, 0.25]).layers] == [0.5, 0.25]
-    assert model_of(lambda_init=0.5).layers[1].mixer.lambda_init == 0.5
-    init = Blueprint(
-        lambda: DifferentialAttentionSpec(head_size=512, lambda_init=0.2).build(2048, Initialization())
-    ).init
-    assert float(jax.jit(init)(jax.random.key(0))["lambda_query"].std()) == pytest.approx(0.1, rel=0.1)
+def gradient_program(repeats):
+    model = model_of(repeats=repeats)
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    return str(jax.make_jaxpr(jax.grad(lambda p: model.logits(p, tokens()).sum()))(params)).count("\n")
+
+
+def test_lambda_starts_by_depth_in_a_program_that_does_not_grow():
+    params = bold(model_of())
+    given = model_of(lambda_init=[0.2, 0.8 - 0.6 * math.exp(-0.3)])
+    layers = [jax.tree.map(lambda leaf, i=i: leaf[i : i + 1], params["stack"]["segment_0"]) for i in (0, 1)]
+    apart = {**params, "stack": {f"segment_{i}": layer for i, layer in enumerate(layers)}}
+    want = jax.jit(given.logits)(apart, tokens())
+    assert_close(jax.jit(model_of().logits)(params, tokens()), want)
+    flat = jax.jit(model_of(lambda_init=0.2).logits)(params, tokens())
+    assert np.abs(flat - want).max() > 1e-3 * np.abs(want).max()
+    assert gradient_program(9) == gradient_program(3)
+
+
+def test_the_learned_part_of_lambda_starts_small():
+    spec = DifferentialAttentionSpec(head_size=512, lambda_init=0.2)
+    params = jax.jit(Blueprint(lambda: spec.build(2048, Initialization())).init)(jax.random.key(0))
+    assert float(params["lambda_query"].std()) == pytest.approx(0.1, rel=0.1)
 
 
 def test_cost_by_hand():
@@ -150,7 +165,7 @@ def test_cost_by_hand():
     # Scores of 8 values and sums of 16, per head and token seen; then the maps of queries, keys, values and output.
     assert spec.flops_per_token(32, 9) == pytest.approx(2 * 4 * (8 + 16) * 5 + 2 * 32 * (32 + 16 + 16 + 32))
     caches = model_of(window=4, kept_tokens=2).init_caches(1, 1000)
-    assert caches["segment_0"]["layer_0"]["value"].shape == (1, 1, 6, 2, 8)
+    assert caches["segment_0"]["layer_0"]["value"].shape == (2, 1, 6, 2, 8)
 
 
 def test_heads_are_an_even_number_unless_given():

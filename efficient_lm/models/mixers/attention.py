@@ -135,7 +135,7 @@ class Attention(nnx.Module):
             cache = None if cache is None else self._remember(cache, k, v, context)
         else:
             y, cache = self._attend_cache(q, k, v, context, cache)
-        return self.output(checkpoint_name(y, "attended")), cache
+        return self.output(checkpoint_name(self._combine(y, context), "attended")), cache
 
     def _project(self, x: jax.Array, context: Context) -> tuple[jax.Array, jax.Array, jax.Array]:
         q, pair = self.query(x), self.key_value(x)
@@ -154,6 +154,10 @@ class Attention(nnx.Module):
             q, k, v, window=spec.window, kept=spec.kept_tokens, sinks=sinks, softcap=spec.softcap, scale=spec.scale,
             bias=bias, implementation=spec.implementation, **masks,
         )  # fmt: skip
+
+    def _combine(self, y: jax.Array, context: Context) -> jax.Array:
+        """What the output map reads, `[batch, time, heads, head_size]`, of what the heads attended to."""
+        return y
 
     def _attend_rows(self, q: jax.Array, k: jax.Array, v: jax.Array, context: Context) -> jax.Array:
         """Without a cache: rows are in order, so distances are differences of the index."""

@@ -6,10 +6,27 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from efficient_lm.models.context import Context
 from efficient_lm.models.layers.norms import NormSpec, RMSNormSpec
 from efficient_lm.models.mixers.attention import HEAD_SIZE, Attention, AttentionSpec
 from efficient_lm.models.parameters import Initialization, Initializer, parameter
-from efficient_lm.spec import Fraction, OneOf, PerLayer, Positive, Ramp
+from efficient_lm.spec import Fraction, OneOf, PerLayer, Positive, Spec
+
+
+class DepthCurve(Spec):
+    """A value that goes with depth from `start`, in the model's first layer, towards `end`.
+
+    Layer l, counted from 0, has ``end - (end - start) * exp(-rate * l)``, computed from the layer's index when the
+    model runs: layers that differ in nothing else stay alike, and one scan runs them all.
+    """
+
+    start: Fraction
+    end: Fraction
+    rate: Positive
+
+    def value(self, layer: jax.Array | int) -> jax.Array:
+        """float32 scalar."""
+        return self.end - (self.end - self.start) * jnp.exp(-self.rate * jnp.asarray(layer, jnp.float32))
 
 
 class DifferentialAttentionSpec(AttentionSpec):
@@ -28,7 +45,7 @@ class DifferentialAttentionSpec(AttentionSpec):
     """
 
     kind: Literal["differential_attention"] = "differential_attention"
-    lambda_init: PerLayer[Fraction] = Ramp(start=0.2, end=0.8, rate=0.3)
+    lambda_init: PerLayer[Fraction | DepthCurve] = DepthCurve(start=0.2, end=0.8, rate=0.3)
     lambda_std: Positive = 0.1
     head_norm: OneOf[NormSpec] = RMSNormSpec(epsilon=1e-5, scale=False)
 
@@ -62,11 +79,15 @@ class DifferentialAttention(Attention):
     ) -> jax.Array:
         """Both attentions of every pair at once: each reads the pair's two heads of values as one."""
         pairs = jnp.concatenate(jnp.split(v, 2, axis=-2), axis=-1)
-        y = super()._attend(q, k, jnp.concatenate([pairs, pairs], axis=-2), bias, **masks).astype(jnp.float32)
-        first, second = jnp.split(y, 2, axis=-2)
+        return super()._attend(q, k, jnp.concatenate([pairs, pairs], axis=-2), bias, **masks)
+
+    def _combine(self, y: jax.Array, context: Context) -> jax.Array:
+        first, second = jnp.split(y.astype(jnp.float32), 2, axis=-2)
         start = self.spec.lambda_init
+        if isinstance(start, DepthCurve):
+            start = start.value(context.layer)
         difference = self.head_norm(first - (self._lambda() + start) * second) * (1 - start)
-        return difference.astype(q.dtype).reshape(q.shape)
+        return difference.astype(y.dtype).reshape(*y.shape[:-1], self.size)
 
     def _lambda(self) -> jax.Array:
         """The learned part of λ, a float32 scalar."""
