@@ -82,6 +82,8 @@ REFUSED = [
     ("qwen3", {"layer_types": ["full_attention"]}, "layer_types: lists 1 layers"),
     ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention: True"),
     ("gemma3", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping: 50.0"),
+    ("mistral", {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
+    ("gpt_neox", {"head_dim": 16}, "head_dim: 16 is not supported"),
     ("gpt2", {"add_cross_attention": True}, "add_cross_attention: True"),
     ("gpt2", {"activation_function": "gelu_10"}, "activation_function: 'gelu_10'"),
 ]

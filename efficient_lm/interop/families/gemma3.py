@@ -20,6 +20,8 @@ class RotaryByType:
             parameters = {"rope_theta": config.get(name, theta), **(stated.get(kind) or {})}
             if kind == "full_attention":
                 parameters |= config.get("rope_scaling") or {}
+            # The reference looks for it beside the layer types, where it cannot be: YaRN's range is always truncated.
+            parameters.pop("truncate", None)
             put(draft.kinds[KINDS[kind]], "mixer.position", position(parameters, config, partial=False))
 
     def write(self, layers: Layers, config: Config) -> None:

@@ -1,11 +1,27 @@
 """GPT-NeoX and Pythia (Black et al. 2022): both halves in parallel, a part of each head turned."""
 
+from efficient_lm.errors import ConfigError
 from efficient_lm.interop.description import InterleavedByHead, fused, linear, norm, table
 from efficient_lm.interop.families.base import Family
-from efficient_lm.interop.keys import PLAIN, Depth, Named, Spread, key
+from efficient_lm.interop.keys import PLAIN, Config, Depth, Draft, Inexpressible, Layers, Named, Spread, count, key
 from efficient_lm.interop.rotary import Rotary
 
 LAYER_NORM = {"kind": "layernorm"}
+
+
+class HeadSize:
+    """`head_dim`: where it is stated, it must be what width and heads make it, for the rotation alone would read it."""
+
+    def read(self, config: Config, draft: Draft) -> None:
+        size = count(config, "hidden_size", 6144) // count(config, "num_attention_heads", 64)
+        if config.get("head_dim") not in (None, size):
+            raise ConfigError(f"head_dim: {config['head_dim']} is not supported; hidden_size / heads = {size} is")
+
+    def write(self, layers: Layers, config: Config) -> None:
+        size = layers.get("block.mixer.head_size")
+        if size * layers.get("block.mixer.heads") != layers.spec.width:
+            raise Inexpressible("block.mixer.head_size", size)
+
 
 FAMILY = Family(
     model_type="gpt_neox",
@@ -17,6 +33,7 @@ FAMILY = Family(
         key("hidden_size", "width", default=6144),
         Depth("num_hidden_layers", 44),
         key("num_attention_heads", "block.mixer.heads", default=64),
+        HeadSize(),
         key("intermediate_size", "block.ffn.hidden", default=24576),
         Named("hidden_act", PLAIN, "gelu"),
         key("layer_norm_eps", "final_norm.epsilon", "block.norm.epsilon", default=1e-5),

@@ -2,7 +2,7 @@
 
 from efficient_lm.interop.families.base import Family
 from efficient_lm.interop.families.llama import ATTENTION, BLOCK, GATED_MLP, MODEL, PRE_NORMS, TENSORS, shape
-from efficient_lm.interop.keys import GATED, Depth, Named, Spread, key
+from efficient_lm.interop.keys import GATED, Depth, Named, Only, Spread, key
 from efficient_lm.interop.rotary import Rotary
 
 FAMILY = Family(
@@ -15,6 +15,7 @@ FAMILY = Family(
         Depth("num_hidden_layers", 32),
         key("head_dim", "block.mixer.head_size", default=None),
         key("sliding_window", "block.mixer.window", default=4096),
+        Only("layer_types", (None,)),
         Named("hidden_act", GATED, "silu"),
         key("rms_norm_eps", "final_norm.epsilon", "block.norm.epsilon", default=1e-6),
         key("tie_word_embeddings", "tied", default=False),
