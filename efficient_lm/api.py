@@ -55,6 +55,11 @@ class Model:
         self.model: LanguageModel = config.model.build()
         self.dtype = config.precision.dtype
 
+    @property
+    def begins(self) -> bool:
+        """Whether texts begin with the tokenizer's begin token: always in training here, elsewhere if it adds one."""
+        return self.origin is None or self.tokenizer.adds_begin
+
     @cached_property
     def decoder(self) -> Decoder:
         """The cached decoder; its compiled programs live as long as this model."""
@@ -91,25 +96,33 @@ class Model:
         sampling: SamplingSpec | None = None,
         seed: int = 0,
         stop_at_end: bool = True,
+        special_tokens: bool = False,
         **options: Any,
     ) -> str | list[str]:
         """The continuation of a prompt, or of each prompt of a list, without the prompt.
 
         Args:
+            special_tokens: whether names of special tokens in a prompt, such as ``<|im_start|>``, stand for them.
             sampling: how tokens are chosen; or give its attributes, such as ``temperature=0``, as `options`.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         sampling = sampling or validate(SamplingSpec, options)
-        made = np.stack(list(self.stream(prompts, max_new_tokens, sampling, seed, stop_at_end)), axis=1)
+        made = np.stack(list(self.stream(prompts, max_new_tokens, sampling, seed, stop_at_end, special_tokens)), axis=1)
         texts = [self.tokenizer.decode(_before(row, self._end(stop_at_end))) for row in made]
         return texts[0] if isinstance(prompt, str) else texts
 
     def stream_text(
-        self, prompt: str, max_new_tokens: int, sampling: SamplingSpec, seed: int = 0, stop_at_end: bool = True
+        self,
+        prompt: str,
+        max_new_tokens: int,
+        sampling: SamplingSpec,
+        seed: int = 0,
+        stop_at_end: bool = True,
+        special_tokens: bool = False,
     ) -> Iterator[str]:
         """The continuation of one prompt in whole characters, as they are made."""
         stream, end = self.tokenizer.stream(), self._end(stop_at_end)
-        for (token,) in self.stream([prompt], max_new_tokens, sampling, seed, stop_at_end):
+        for (token,) in self.stream([prompt], max_new_tokens, sampling, seed, stop_at_end, special_tokens):
             if token == end:
                 break
             yield stream.put(int(token))
@@ -122,10 +135,12 @@ class Model:
         sampling: SamplingSpec,
         seed: int = 0,
         stop_at_end: bool = True,
+        special_tokens: bool = False,
     ) -> Iterator[np.ndarray]:
         """Token ids ``[batch]`` as they are made; a row that has ended yields end-of-text from there on."""
-        start = [self.tokenizer.begin_of_text]
-        ids = [np.concatenate([start, self.tokenizer.encode(prompt)]).astype(np.int32) for prompt in prompts]
+        encoded = [self.tokenizer.encode(prompt, special_tokens) for prompt in prompts]
+        start = np.array([self.tokenizer.begin_of_text], np.int32)
+        ids = [np.concatenate([start, tokens]) if self.begins or not len(tokens) else tokens for tokens in encoded]
         return self.decoder.stream(ids, max_new_tokens, sampling, seed, self._end(stop_at_end))
 
     def _end(self, stop_at_end: bool) -> int | None:

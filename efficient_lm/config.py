@@ -163,6 +163,7 @@ class GenerateConfig(Spec):
         top_k, top_p, min_p: restrict what is sampled; None does not.
         seed: of the sampling.
         stop_at_end: whether the end-of-text token ends a text.
+        special_tokens: whether names of special tokens in the prompt, such as ``<|im_start|>``, stand for them.
     """
 
     checkpoint: Name
@@ -175,6 +176,7 @@ class GenerateConfig(Spec):
     min_p: Fraction | None = None
     seed: Natural = 0
     stop_at_end: bool = True
+    special_tokens: bool = False
 
     @model_validator(mode="after")
     def _one_source(self) -> "GenerateConfig":

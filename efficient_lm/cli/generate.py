@@ -10,7 +10,7 @@ ROOT = "generate"
 SUMMARY = "Writes text with a model."
 HELP = """
 Main keys
-  checkpoint=        a run directory (its newest checkpoint), or runs/NAME/checkpoints/STEP
+  checkpoint=        a run directory (its newest checkpoint), runs/NAME/checkpoints/STEP, a Hugging Face folder, a GGUF
   prompt=            a text, or ['several','texts']
   prompt_file=       a file with one prompt per line, instead
   max_new_tokens=    per prompt
@@ -18,6 +18,7 @@ Main keys
   top_k= top_p= min_p=   restrict what is sampled
   seed=              of the sampling
   stop_at_end=       whether the end-of-text token ends a text
+  special_tokens=    whether <|im_start|> and the like in the prompt stand for those tokens
 
 Examples
   efficient-lm generate checkpoint=runs/quickstart prompt='My fellow citizens, the state of'
@@ -25,13 +26,13 @@ Examples
 """
 
 
-def run(overrides: Sequence[str], options: Options) -> None:
+def run(overrides: Sequence[str], flags: Options) -> None:
     """Generate as the config that `overrides` compose says: one text streams, several come when all are done."""
     from efficient_lm.composition import compose
     from efficient_lm.config import GenerateConfig
     from efficient_lm.validation import validate
 
-    config = validate(GenerateConfig, compose(ROOT, overrides, options.config_dirs).values)
+    config = validate(GenerateConfig, compose(ROOT, overrides, flags.config_dirs).values)
     prompts = _prompts(config.prompt, config.prompt_file)
 
     from efficient_lm.api import load
@@ -39,12 +40,13 @@ def run(overrides: Sequence[str], options: Options) -> None:
 
     model = load(config.checkpoint)
     sampling = SamplingSpec(**{name: getattr(config, name) for name in SamplingSpec.model_fields})
+    options = (config.max_new_tokens, sampling, config.seed, config.stop_at_end, config.special_tokens)
     if len(prompts) > 1:
-        texts = model.generate(prompts, config.max_new_tokens, sampling, config.seed, config.stop_at_end)
+        texts = model.generate(prompts, *options)
         print("\n\n".join(prompt + text for prompt, text in zip(prompts, texts, strict=True)))
         return
     print(prompts[0], end="", flush=True)
-    for piece in model.stream_text(prompts[0], config.max_new_tokens, sampling, config.seed, config.stop_at_end):
+    for piece in model.stream_text(prompts[0], *options):
         print(piece, end="", flush=True)
     print()
 

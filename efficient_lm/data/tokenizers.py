@@ -1,7 +1,7 @@
 """Tokenizers: bytes, the embedded byte-level BPE, any Hugging Face `tokenizer.json`, and none at all.
 
-A tokenizer neither adds nor recognises special tokens in text: a document that spells one out is encoded as plain
-characters. Nothing here imports jax.
+A tokenizer adds no special tokens to a text, and recognises them only where it is asked to: a document that spells one
+out is encoded as plain characters. Nothing here imports jax.
 """
 
 import codecs
@@ -98,6 +98,7 @@ class Tokenizer(ABC):
         end_of_text: the id between documents.
         begin_of_text: the id that a document begins with: the one that a published tokenizer puts first, or
             `end_of_text`.
+        adds_begin: whether the tokenizer itself puts `begin_of_text` before a text.
         byte_lengths: int32 [vocab_size], UTF-8 bytes of each token, 0 for special ones; None when tokens are not bytes.
         fingerprint: hash of everything that decides the ids.
     """
@@ -105,11 +106,16 @@ class Tokenizer(ABC):
     vocab_size: int
     end_of_text: int
     begin_of_text: int
+    adds_begin: bool = False
     byte_lengths: np.ndarray | None
     fingerprint: str
 
-    def encode(self, text: str) -> np.ndarray:
-        """Token ids, int32 [tokens]. Raises `DataError` for text that UTF-8 cannot hold (lone surrogates)."""
+    def encode(self, text: str, special: bool = False) -> np.ndarray:
+        """Token ids, int32 [tokens]. Raises `DataError` for text that UTF-8 cannot hold (lone surrogates).
+
+        Args:
+            special: whether the name of a special token in the text (as chat formats write it) stands for that token.
+        """
         return self.encode_batch([text])[0]
 
     @abstractmethod
@@ -133,9 +139,13 @@ class Tokenizer(ABC):
     def files(self) -> dict[str, bytes]:
         """Name and content of what `load_tokenizer` needs."""
 
-    def published_files(self) -> dict[str, bytes]:
-        """Name and content of the same in Hugging Face format."""
-        return self.files()
+    @abstractmethod
+    def published_files(self, begins: bool) -> dict[str, bytes]:
+        """Name and content of the same in Hugging Face format.
+
+        Args:
+            begins: whether whoever reads them is to put `begin_of_text` before a text, as training here does.
+        """
 
     def save(self, folder: str | Path) -> None:
         """Write what `load_tokenizer` needs."""
@@ -170,7 +180,7 @@ class ByteTokenizer(Tokenizer):
     def files(self) -> dict[str, bytes]:
         return {BYTES_FILE: b'{"kind": "bytes"}\n'}
 
-    def published_files(self) -> dict[str, bytes]:
+    def published_files(self, begins: bool) -> dict[str, bytes]:
         """A byte-level BPE without merges, whose ids are these."""
         import tokenizers
         from tokenizers import decoders, models, pre_tokenizers
@@ -180,7 +190,8 @@ class ByteTokenizer(Tokenizer):
         made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         made.decoder = decoders.ByteLevel()
         made.add_special_tokens([END_OF_TEXT_NAMES[0]])
-        return {TOKENIZER_FILE: made.to_str().encode(), CONFIG_FILE: _config(END_OF_TEXT_NAMES[0])}
+        content = made.to_str().encode()
+        return HuggingFaceTokenizer({TOKENIZER_FILE: content}, Path(TOKENIZER_FILE)).published_files(begins)
 
     @staticmethod
     def _bytes(token: int) -> bytes:
@@ -240,10 +251,24 @@ class HuggingFaceTokenizer(Tokenizer):
         """What the tokenizer puts before every text, or else `end_of_text`."""
         with_special = self._tokenizer.encode("a", add_special_tokens=True).ids
         without = self._tokenizer.encode("a", add_special_tokens=False).ids
+        begin = _token_name(config.get("bos_token"))
+        self.adds_begin = True
         if with_special and with_special[0] != without[0]:
             return with_special[0]
-        begin = _token_name(config.get("bos_token"))
-        return vocabulary[begin] if config.get("add_bos_token") and begin in vocabulary else self.end_of_text
+        if config.get("add_bos_token") and begin in vocabulary:
+            return vocabulary[begin]
+        self.adds_begin = False
+        return self.end_of_text
+
+    def encode(self, text: str, special: bool = False) -> np.ndarray:
+        if not special:
+            return super().encode(text)
+        utf8(text)
+        self._tokenizer.encode_special_tokens = False
+        try:
+            return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
+        finally:
+            self._tokenizer.encode_special_tokens = True
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         parts: list[list[np.ndarray]] = [[] for _ in texts]
@@ -277,6 +302,22 @@ class HuggingFaceTokenizer(Tokenizer):
         config = stated if same else _config(self.end_of_text_name, json.loads(stated))
         return {TOKENIZER_FILE: self._source, **self._companions, CONFIG_FILE: config}
 
+    def published_files(self, begins: bool) -> dict[str, bytes]:
+        import tokenizers
+        from tokenizers import processors
+
+        files = self.files()
+        if self.adds_begin or not begins:
+            return files
+        name = self.end_of_text_name
+        made = tokenizers.Tokenizer.from_str(self._source.decode())
+        first = processors.TemplateProcessing(
+            single=f"{name} $A", pair=f"{name} $A {name} $B", special_tokens=[(name, self.end_of_text)]
+        )
+        made.post_processor = processors.Sequence([made.post_processor, first]) if made.post_processor else first
+        stated = {**json.loads(files[CONFIG_FILE]), "bos_token": name, "add_bos_token": True}
+        return {**files, TOKENIZER_FILE: made.to_str().encode(), CONFIG_FILE: _config(name, stated)}
+
     def _bytes(self, token: int) -> bytes:
         # A model's vocabulary may be rounded up past the tokenizer's.
         return self._token_bytes[token] if 0 <= token < self.vocab_size else b""
@@ -301,7 +342,7 @@ class AbsentTokenizer(Tokenizer):
     def files(self) -> dict[str, bytes]:
         return {NONE_FILE: b'{"kind": "none"}\n'}
 
-    def published_files(self) -> dict[str, bytes]:
+    def published_files(self, begins: bool) -> dict[str, bytes]:
         return {}
 
     @staticmethod

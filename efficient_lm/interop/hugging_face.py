@@ -245,7 +245,11 @@ def write_folder(
         written = _Cast(origin, dtype)
         write_safetensors(temporary, written.tensors(published(family, spec.build(), params)))
         config |= {"dtype": written.dtype, "torch_dtype": written.dtype}
-        files = {**(origin.files if origin else {}), **tokenizer.published_files(), CONFIG: _json(config)}
+        files = {
+            **(origin.files if origin else {}),
+            **tokenizer.published_files(begins=origin is None),
+            CONFIG: _json(config),
+        }
         for name, content in files.items():
             (temporary / name).write_bytes(content)
         if folder.exists():
