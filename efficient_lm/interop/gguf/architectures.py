@@ -71,6 +71,11 @@ def _sizes(header: Header, keys: Metadata, architecture: Architecture) -> Config
     if not keys.has("attention.key_length") and width % heads:
         raise keys.refused("embedding_length", f"is {width}, which {heads} heads do not share evenly")
     head_size = keys.count("attention.key_length", width // heads)
+    layers = keys.count("block_count")
+    if layers > len(header.tensors):
+        raise keys.refused("block_count", f"is {layers}, and the file holds only {len(header.tensors)} tensors")
+    if head_size % 2:
+        raise keys.refused("attention.key_length", f"is {head_size}; rotary positions need an even one")
     for key in ("attention.value_length", "rope.dimension_count"):
         keys.only(key, (head_size,))
     embedding = header.tensors.get("token_embd.weight")
@@ -78,7 +83,7 @@ def _sizes(header: Header, keys: Metadata, architecture: Architecture) -> Config
         raise CheckpointError(f"{header.path}: tensor 'token_embd.weight' is missing or not a matrix")
     keys.only("vocab_size", (embedding.shape[0],))
     config = {
-        "vocab_size": embedding.shape[0], "hidden_size": width, "num_hidden_layers": keys.count("block_count"),
+        "vocab_size": embedding.shape[0], "hidden_size": width, "num_hidden_layers": layers,
         "intermediate_size": keys.count("feed_forward_length"), "num_attention_heads": heads,
         "num_key_value_heads": keys.count("attention.head_count_kv", heads), "head_dim": head_size,
         "max_position_embeddings": keys.count("context_length"),

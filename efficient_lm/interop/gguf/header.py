@@ -132,11 +132,9 @@ class _Cursor:
 
     def _array(self, what: str) -> list[Any]:
         kind, count = self.uint32(what), self.uint64(what)
-        if kind not in (_STRING, _ARRAY):
-            return self._scalars(kind, count, what).tolist()
-        if count > self.size:
-            raise CheckpointError(f"{self.path}: truncated: the file ends within {what}")
-        return [self.value(kind, what) for _ in range(count)]
+        return (
+            [self.string(what) for _ in range(count)] if kind == _STRING else self._scalars(kind, count, what).tolist()
+        )
 
     def _scalars(self, kind: int, count: int, what: str) -> np.ndarray:
         if kind not in _SCALARS:

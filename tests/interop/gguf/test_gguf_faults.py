@@ -115,6 +115,8 @@ def test_experts(draft, tmp_path):
         ("llama", "attention.causal", False),
         ("llama", "vocab_size", 39),
         ("llama", "context_length", 0),
+        ("llama", "block_count", 4_000_000_000),
+        ("llama", "attention.key_length", 7),
         ("llama", "attention.layer_norm_rms_epsilon", -1.0),
         ("qwen2", "attention.sliding_window", 8),
         ("gemma3", "attention.sliding_window_pattern", 3),
@@ -163,3 +165,29 @@ def test_one_part_of_several(draft, tmp_path):
     made = draft()
     made.keys |= {"split.count": 3, "split.no": 0}
     refused(made.write(tmp_path / "model.gguf"), "split.count", "merge")
+
+
+def test_damaged_headers_are_refused_or_read(draft, tmp_path):
+    """One byte of a header changed at a time: whatever it means, the answer is a file or a named fault."""
+    made = draft()
+    made.keys |= {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": ["<unk>", "a", "b"],
+        "llama.expert_count": 0,
+    }
+    made.keys |= {"tokenizer.ggml.scores": [0.0, -1.0, -2.0], "tokenizer.ggml.add_bos_token": False}
+    path = made.write(tmp_path / "model.gguf")
+    whole, header = path.read_bytes(), gguf.GGUFReader(path).data_offset
+    random = np.random.default_rng(0)
+    outcomes = {"read": 0, "refused": 0}
+    for _ in range(300):
+        raw = bytearray(whole)
+        raw[random.integers(4, header)] = random.choice([0, 1, 4, 8, 9, 255])
+        path.write_bytes(raw)
+        try:
+            assert isinstance(open_gguf(path).tokenizer, dict)
+            outcomes["read"] += 1
+        except CheckpointError as error:
+            assert str(path) in str(error)
+            outcomes["refused"] += 1
+    assert min(outcomes.values()) > 10
