@@ -5,7 +5,7 @@ of processes and threads. Grain maps, prefetches and keeps the position; it is i
 because that takes seconds.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -13,7 +13,7 @@ import numpy as np
 
 from efficient_lm.data.packing import PACKINGS, Batch, Packing, SplitPacking, pack
 from efficient_lm.data.sources import SourceSpec
-from efficient_lm.data.store import TokenStore, encode_texts, open_store
+from efficient_lm.data.store import TokenStore, open_store
 from efficient_lm.data.tokenizers import Tokenizer
 from efficient_lm.errors import ConfigError, DataError
 from efficient_lm.spec import Count, Natural, OneOf, Spec
@@ -160,23 +160,6 @@ class Data:
         parts = {"train": self._train.summary(), "validation": self._validation.summary()}
         figures = {f"{part}_{name}": value for part, values in parts.items() for name, value in values.items()}
         return figures | {"rows_per_epoch": self.rows_per_epoch}
-
-
-def document_batches(
-    source: SourceSpec | str | Iterable[str], tokenizer: Tokenizer, sequence_length: int, batch_size: int
-) -> BatchIterator:
-    """One pass over a source, a text or several, in order, with the arrays of `pack`; the last batch is filled up.
-
-    Raises:
-        DataError: a fault of the source, or no text at all.
-    """
-    if isinstance(source, SourceSpec):
-        store = open_store(source, tokenizer)
-    else:
-        store = encode_texts([source] if isinstance(source, str) else source, tokenizer)
-    if not len(store):
-        raise DataError("there is no text: every document is empty")
-    return _ordered(Part(store, np.arange(len(store))), sequence_length, batch_size, range(batch_size), None, 1)
 
 
 def _ordered(

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import yaml
 
-from efficient_lm.data.dataset import DataSpec, document_batches
+from efficient_lm.data.dataset import DataSpec
 from efficient_lm.data.sources import FilesSource, SotuSource
 from efficient_lm.data.tokenizers import BytesSpec, SotuBPESpec, TokenizerSpec
 from efficient_lm.errors import ConfigError, DataError
@@ -161,16 +161,6 @@ def test_no_training_document(source):
 def test_processes_that_do_not_divide_the_batch(source):
     with pytest.raises(ConfigError, match="8 rows cannot be divided among 3"):
         open_data(source).train_batches(8, process_count=3)
-
-
-def test_any_text_in_batches(source):
-    for given in (source, list(source.documents())):
-        batches = list(document_batches(given, TOKENIZER, LENGTH, 4))
-        assert text_of(batches) == "".join(source.documents())
-        assert all(batch["tokens"].shape == (4, LENGTH) for batch in batches)
-    assert text_of(document_batches("a single text", TOKENIZER, LENGTH, 4)) == "a single text"
-    with pytest.raises(DataError, match="there is no text"):
-        document_batches(["", ""], TOKENIZER, LENGTH, 4)
 
 
 def test_embedded_corpus_with_its_tokenizer():

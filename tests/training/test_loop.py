@@ -267,7 +267,7 @@ def test_the_python_interface(whole, tmp_path):
 
 
 def test_a_missing_run_names_its_neighbours(whole):
-    with pytest.raises(CheckpointError, match=r"whol: not a run directory .*there are .*whole"):
+    with pytest.raises(CheckpointError, match=r"whol: neither a run directory .*there are .*whole"):
         load(whole[0].parent / "whol")
 
 
