@@ -115,7 +115,10 @@ def key(name: str, *paths: str, default: Any = REQUIRED, **convert: Callable[[An
 
 @dataclass(frozen=True)
 class Only:
-    """A key that changes the numbers and of which only some values can be expressed; `values[0]` is written."""
+    """A key that changes the numbers and of which only some values can be expressed.
+
+    `values[0]` is written; None by leaving the key out.
+    """
 
     name: str
     values: tuple[Any, ...]
@@ -128,7 +131,8 @@ class Only:
             raise ConfigError(f"{self.name}: {value!r} is not supported; {shown} is")
 
     def write(self, layers: Layers, config: Config) -> None:
-        config[self.name] = self.values[0]
+        if self.values[0] is not None:
+            config[self.name] = self.values[0]
 
 
 @dataclass(frozen=True)

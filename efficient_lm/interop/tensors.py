@@ -145,6 +145,8 @@ def write_safetensors(folder: Path, tensors: Iterable[tuple[str, np.ndarray]], s
 
 def _write_shard(folder: Path, number: int, tensors: dict[str, np.ndarray]) -> list[str]:
     save_file(tensors, _part(folder, number), metadata={"format": "pt"})
+    # The library lets the owner alone read what it writes; the folder says who may.
+    _part(folder, number).chmod(folder.stat().st_mode & 0o666)
     return list(tensors)
 
 

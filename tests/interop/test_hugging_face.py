@@ -51,6 +51,7 @@ def test_shards_are_read_and_written(llama):
     assert len(files) > 3
     np.testing.assert_array_equal(elm.from_hf(llama).logits(IDS), want)
     index = json.loads((llama / "model.safetensors.index.json").read_text())
+    assert len({file.stat().st_mode for file in [*files, llama / "config.json"]}) == 1
     assert set(index["weight_map"].values()) == {file.name for file in files}
     assert index["metadata"]["total_size"] == sum(array.nbytes for file in files for array in load_file(file).values())
 
