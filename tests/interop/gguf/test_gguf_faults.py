@@ -10,7 +10,7 @@ from efficient_lm.errors import CheckpointError
 from efficient_lm.interop.gguf import open_gguf
 
 
-def refused(path, *parts: str) -> None:
+def assert_refused(path, *parts: str) -> None:
     with pytest.raises(CheckpointError) as caught:
         open_gguf(path)
     text = str(caught.value)
@@ -20,15 +20,15 @@ def refused(path, *parts: str) -> None:
 
 
 def test_no_such_file(tmp_path):
-    refused(tmp_path / "model.gguf", "no such file")
-    refused(tmp_path, "cannot be read")
+    assert_refused(tmp_path / "model.gguf", "no such file")
+    assert_refused(tmp_path, "cannot be read")
 
 
 @pytest.mark.parametrize("content", [b"", b"GG", b"GGML" + bytes(40), b"PK\x03\x04" + bytes(40)])
 def test_another_format(tmp_path, content):
     path = tmp_path / "model.gguf"
     path.write_bytes(content)
-    refused(path, "not a GGUF file")
+    assert_refused(path, "not a GGUF file")
 
 
 @pytest.mark.parametrize("version", [1, 4])
@@ -37,13 +37,13 @@ def test_another_version(draft, tmp_path, version):
     raw = bytearray(path.read_bytes())
     raw[4:8] = struct.pack("<I", version)
     path.write_bytes(raw)
-    refused(path, f"version {version}", "2 and 3")
+    assert_refused(path, f"version {version}", "2 and 3")
 
 
 def test_another_byte_order(draft, tmp_path):
     made = draft()
     made.endian = gguf.GGUFEndian.BIG
-    refused(made.write(tmp_path / "model.gguf"), "big-endian")
+    assert_refused(made.write(tmp_path / "model.gguf"), "big-endian")
 
 
 def test_a_file_cut_within_a_tensor(draft, tmp_path):
@@ -51,7 +51,7 @@ def test_a_file_cut_within_a_tensor(draft, tmp_path):
     whole = path.read_bytes()
     last = gguf.GGUFReader(path).tensors[-1]
     path.write_bytes(whole[: last.data_offset + last.n_bytes - 1])
-    refused(path, "truncated", f"'{last.name}'", f"{last.data_offset + last.n_bytes:,}")
+    assert_refused(path, "truncated", f"'{last.name}'", f"{last.data_offset + last.n_bytes:,}")
 
 
 def test_a_file_cut_anywhere_in_its_header(draft, tmp_path):
@@ -62,7 +62,7 @@ def test_a_file_cut_anywhere_in_its_header(draft, tmp_path):
     path = tmp_path / "model.gguf"
     for length in range(4, header, 7):
         path.write_bytes(whole[:length])
-        refused(path, "truncated")
+        assert_refused(path, "truncated")
 
 
 def test_counts_that_cannot_be_are_not_believed(draft, tmp_path):
@@ -71,7 +71,7 @@ def test_counts_that_cannot_be_are_not_believed(draft, tmp_path):
     raw = bytearray(path.read_bytes())
     raw[24:32] = struct.pack("<Q", 1 << 62)
     path.write_bytes(raw)
-    refused(path, "truncated")
+    assert_refused(path, "truncated")
 
 
 @pytest.mark.parametrize(
@@ -81,25 +81,25 @@ def test_counts_that_cannot_be_are_not_believed(draft, tmp_path):
 def test_a_missing_key(draft, tmp_path, key):
     made = draft()
     del made.keys[f"llama.{key}"]
-    refused(made.write(tmp_path / "model.gguf"), f"'llama.{key}' is missing")
+    assert_refused(made.write(tmp_path / "model.gguf"), f"'llama.{key}' is missing")
 
 
 def test_a_missing_architecture(draft, tmp_path):
     path = draft().write(tmp_path / "model.gguf")
     path.write_bytes(path.read_bytes().replace(b"general.architecture", b"general.architectura"))
-    refused(path, "'general.architecture' is missing")
+    assert_refused(path, "'general.architecture' is missing")
 
 
 def test_another_architecture(draft, tmp_path):
     made = draft("qwen2")
     made.architecture = "qwen2moe"
-    refused(made.write(tmp_path / "model.gguf"), "'qwen2moe'", "did you mean 'qwen2'")
+    assert_refused(made.write(tmp_path / "model.gguf"), "'qwen2moe'", "did you mean 'qwen2'")
 
 
 def test_experts(draft, tmp_path):
     made = draft()
     made.keys |= {"llama.expert_count": 8, "llama.expert_used_count": 2}
-    refused(made.write(tmp_path / "model.gguf"), "'llama.expert_count' is 8", "mixtures of experts")
+    assert_refused(made.write(tmp_path / "model.gguf"), "'llama.expert_count' is 8", "mixtures of experts")
     made.keys["llama.expert_count"] = 0
     assert open_gguf(made.write(tmp_path / "none.gguf")).config["model_type"] == "llama"
 
@@ -125,32 +125,32 @@ def test_experts(draft, tmp_path):
 def test_options_that_are_not_supported(draft, tmp_path, architecture, key, value):
     made = draft(architecture)
     made.keys[f"{architecture}.{key}"] = value
-    refused(made.write(tmp_path / "model.gguf"), f"'{architecture}.{key}'")
+    assert_refused(made.write(tmp_path / "model.gguf"), f"'{architecture}.{key}'")
 
 
 def test_a_missing_tensor(draft, tmp_path):
     made = draft()
     del made.tensors["blk.1.ffn_up.weight"]
-    refused(made.write(tmp_path / "model.gguf"), "'blk.1.ffn_up.weight' is missing")
+    assert_refused(made.write(tmp_path / "model.gguf"), "'blk.1.ffn_up.weight' is missing")
 
 
 def test_a_tensor_of_another_shape(draft, tmp_path):
     made = draft()
     made.tensors["blk.1.ffn_up.weight"] = np.zeros((64, 16), np.float32)
-    refused(made.write(tmp_path / "model.gguf"), "'blk.1.ffn_up.weight'", "[64, 16]", "[64, 32]")
+    assert_refused(made.write(tmp_path / "model.gguf"), "'blk.1.ffn_up.weight'", "[64, 16]", "[64, 32]")
 
 
 @pytest.mark.parametrize("name", ["blk.0.attn_sinks.weight", "blk.2.ffn_up.weight", "rope_factors_long.weight"])
 def test_a_tensor_without_a_place(draft, tmp_path, name):
     made = draft()
     made.tensors[name] = np.zeros((64, 32), np.float32)
-    refused(made.write(tmp_path / "model.gguf"), f"'{name}' has no place")
+    assert_refused(made.write(tmp_path / "model.gguf"), f"'{name}' has no place")
 
 
 def test_a_bias_where_others_have_none(draft, tmp_path):
     made = draft()
     made.tensors["blk.1.attn_q.bias"] = np.zeros(32, np.float32)
-    refused(made.write(tmp_path / "model.gguf"), "'blk.1.attn_q.bias' has no place")
+    assert_refused(made.write(tmp_path / "model.gguf"), "'blk.1.attn_q.bias' has no place")
 
 
 def test_an_unknown_type(draft, tmp_path):
@@ -158,13 +158,13 @@ def test_an_unknown_type(draft, tmp_path):
     raw = path.read_bytes()
     at = raw.index(b"token_embd.weight") + len(b"token_embd.weight") + 4 + 16
     path.write_bytes(raw[:at] + struct.pack("<I", 999) + raw[at + 4 :])
-    refused(path, "'token_embd.weight'", "999")
+    assert_refused(path, "'token_embd.weight'", "999")
 
 
 def test_one_part_of_several(draft, tmp_path):
     made = draft()
     made.keys |= {"split.count": 3, "split.no": 0}
-    refused(made.write(tmp_path / "model.gguf"), "split.count", "merge")
+    assert_refused(made.write(tmp_path / "model.gguf"), "split.count", "merge")
 
 
 def test_damaged_headers_are_refused_or_read(draft, tmp_path):

@@ -252,7 +252,7 @@ def test_a_file_without_a_tokenizer(draft, tmp_path):
     ],
 )
 def test_faults_of_byte_level_tokenizers(draft, tmp_path, change, part):
-    refused(draft, tmp_path, byte_level("gpt-2") | change, part)
+    assert_refused(draft, tmp_path, byte_level("gpt-2") | change, part)
 
 
 @pytest.mark.parametrize(
@@ -265,13 +265,13 @@ def test_faults_of_byte_level_tokenizers(draft, tmp_path, change, part):
     ],
 )
 def test_faults_of_sentencepiece_tokenizers(draft, tmp_path, change, part):
-    refused(draft, tmp_path, sentencepiece() | change, part)
+    assert_refused(draft, tmp_path, sentencepiece() | change, part)
 
 
 def test_a_token_that_comes_twice(draft, tmp_path):
     keys = byte_level("gpt-2")
     keys["tokens"][5] = keys["tokens"][6]
-    refused(draft, tmp_path, keys, "comes twice")
+    assert_refused(draft, tmp_path, keys, "comes twice")
 
 
 def test_more_tokens_than_the_embedding_has_rows(draft, tmp_path):
@@ -281,7 +281,7 @@ def test_more_tokens_than_the_embedding_has_rows(draft, tmp_path):
         assert open_gguf(made.write(tmp_path / "model.gguf")).tokenizer
 
 
-def refused(draft, folder, keys, part):
+def assert_refused(draft, folder, keys, part):
     keys = {key: value for key, value in keys.items() if value is not None}
     made = draft("llama")
     made.tensors |= {name: made.tensors[name].repeat(10, 0) for name in ("token_embd.weight", "output.weight")}
