@@ -2,9 +2,19 @@
 
 from efficient_lm.interop.description import Source, Tensor
 from efficient_lm.interop.families.base import Family
-from efficient_lm.interop.families.llama import ATTENTION, GATED_MLP, MODEL, PRE_NORMS, RMS, TENSORS, shape
-from efficient_lm.interop.keys import GATED, Depth, Named, Spread, key
-from efficient_lm.interop.rotary import Rotary
+from efficient_lm.interop.families.llama import (
+    ATTENTION,
+    BIASES,
+    GATED_MLP,
+    HEAD_SIZE,
+    MODEL,
+    PRE_NORMS,
+    RMS,
+    TENSORS,
+    common,
+    shape,
+)
+from efficient_lm.interop.keys import Depth, key
 
 LAMBDAS = tuple(
     Tensor(f"self_attn.lambda_{letter}{index + 1}", (Source(f"mixer.inner.lambda_{name}", index),), "vector")
@@ -23,18 +33,11 @@ FAMILY = Family(
     keys=(
         *shape(32000, 2048, 32, None, 8192),
         Depth("num_hidden_layers", 16),
-        key("head_dim", "block.mixer.head_size", default=None),
-        Named("hidden_act", GATED, "silu"),
-        key(
-            "rms_norm_eps",
-            "final_norm.epsilon", "block.norm.epsilon", "block.mixer.head_norm.epsilon", default=1e-5,
-        ),
-        key("attention_bias", "block.mixer.bias", "block.mixer.output_bias", default=False),
+        HEAD_SIZE,
+        BIASES,
         key("lambda_std_dev", "block.mixer.lambda_std", default=0.1),
-        key("tie_word_embeddings", "tied", default=False),
-        Rotary(),
-        Spread(),
+        *common(1e-5, "block.mixer.head_norm.epsilon"),
     ),
     tensors=TENSORS,
     layer_tensors=(*ATTENTION, *LAMBDAS, *GATED_MLP, *PRE_NORMS),
-)  # fmt: skip
+)

@@ -46,6 +46,20 @@ def shape(vocab: int, width: int, heads: int, kv_heads: int | None, hidden: int)
     )
 
 
+def common(epsilon: float, *norms: str) -> tuple[Binding, ...]:
+    """What all relatives name alike besides; `norms` are paths of norms that share the epsilon with the blocks'."""
+    return (
+        Named("hidden_act", GATED, "silu"),
+        key("rms_norm_eps", "final_norm.epsilon", "block.norm.epsilon", *norms, default=epsilon),
+        key("tie_word_embeddings", "tied", default=False),
+        Rotary(),
+        Spread(),
+    )
+
+
+HEAD_SIZE = key("head_dim", "block.mixer.head_size", default=None)
+BIASES = key("attention_bias", "block.mixer.bias", "block.mixer.output_bias", default=False)
+
 FAMILY = Family(
     model_type="llama",
     architecture="LlamaForCausalLM",
@@ -54,14 +68,10 @@ FAMILY = Family(
     keys=(
         *shape(32000, 4096, 32, None, 11008),
         Depth("num_hidden_layers", 32),
-        key("head_dim", "block.mixer.head_size", default=None),
-        Named("hidden_act", GATED, "silu"),
-        key("rms_norm_eps", "final_norm.epsilon", "block.norm.epsilon", default=1e-6),
-        key("attention_bias", "block.mixer.bias", "block.mixer.output_bias", default=False),
+        HEAD_SIZE,
+        BIASES,
         key("mlp_bias", "block.ffn.bias", default=False),
-        key("tie_word_embeddings", "tied", default=False),
-        Rotary(),
-        Spread(),
+        *common(1e-6),
     ),
     tensors=TENSORS,
     layer_tensors=(*ATTENTION, *GATED_MLP, *PRE_NORMS),

@@ -2,9 +2,20 @@
 
 from efficient_lm.interop.description import norm
 from efficient_lm.interop.families.base import Family
-from efficient_lm.interop.families.llama import ATTENTION, BLOCK, GATED_MLP, MODEL, QK_NORM, RMS, TENSORS, shape
-from efficient_lm.interop.keys import GATED, Depth, Named, Spread, key, merged
-from efficient_lm.interop.rotary import Rotary
+from efficient_lm.interop.families.llama import (
+    ATTENTION,
+    BIASES,
+    BLOCK,
+    GATED_MLP,
+    HEAD_SIZE,
+    MODEL,
+    QK_NORM,
+    RMS,
+    TENSORS,
+    common,
+    shape,
+)
+from efficient_lm.interop.keys import Depth, merged
 
 FAMILY = Family(
     model_type="olmo2",
@@ -14,16 +25,9 @@ FAMILY = Family(
     keys=(
         *shape(50304, 4096, 32, None, 11008),
         Depth("num_hidden_layers", 32),
-        key("head_dim", "block.mixer.head_size", default=None),
-        Named("hidden_act", GATED, "silu"),
-        key(
-            "rms_norm_eps",
-            "final_norm.epsilon", "block.norm.epsilon", "block.mixer.qk_norm.epsilon", default=1e-5,
-        ),
-        key("attention_bias", "block.mixer.bias", "block.mixer.output_bias", default=False),
-        key("tie_word_embeddings", "tied", default=False),
-        Rotary(),
-        Spread(),
+        HEAD_SIZE,
+        BIASES,
+        *common(1e-5, "block.mixer.qk_norm.epsilon"),
     ),
     tensors=TENSORS,
     layer_tensors=(
@@ -33,4 +37,4 @@ FAMILY = Family(
         *norm("post_attention_layernorm", "mixer.output_norm"),
         *norm("post_feedforward_layernorm", "ffn.output_norm"),
     ),
-)  # fmt: skip
+)

@@ -1,9 +1,18 @@
 """Qwen 2 and 2.5 (Yang et al. 2024): Llama with biases on queries, keys and values."""
 
 from efficient_lm.interop.families.base import Family
-from efficient_lm.interop.families.llama import ATTENTION, BLOCK, GATED_MLP, MODEL, PRE_NORMS, TENSORS, shape
-from efficient_lm.interop.keys import GATED, Config, Named, Spread, key, merged
-from efficient_lm.interop.rotary import Rotary
+from efficient_lm.interop.families.llama import (
+    ATTENTION,
+    BLOCK,
+    GATED_MLP,
+    HEAD_SIZE,
+    MODEL,
+    PRE_NORMS,
+    TENSORS,
+    common,
+    shape,
+)
+from efficient_lm.interop.keys import Config, merged
 from efficient_lm.interop.windows import LayerTypes
 
 
@@ -34,12 +43,8 @@ FAMILY = Family(
     keys=(
         *shape(151936, 4096, 32, 32, 22016),
         LAYER_TYPES,
-        key("head_dim", "block.mixer.head_size", default=None),
-        Named("hidden_act", GATED, "silu"),
-        key("rms_norm_eps", "final_norm.epsilon", "block.norm.epsilon", default=1e-6),
-        key("tie_word_embeddings", "tied", default=False),
-        Rotary(),
-        Spread(),
+        HEAD_SIZE,
+        *common(1e-6),
     ),
     tensors=TENSORS,
     layer_tensors=(*ATTENTION, *GATED_MLP, *PRE_NORMS),

@@ -3,6 +3,7 @@
 from efficient_lm.interop.families.base import Family
 from efficient_lm.interop.families.llama import (
     ATTENTION,
+    BIASES,
     BLOCK,
     GATED_MLP,
     MODEL,
@@ -10,11 +11,11 @@ from efficient_lm.interop.families.llama import (
     QK_NORM,
     RMS,
     TENSORS,
+    common,
     shape,
 )
 from efficient_lm.interop.families.qwen2 import LAYER_TYPES
-from efficient_lm.interop.keys import GATED, Named, Spread, key, merged
-from efficient_lm.interop.rotary import Rotary
+from efficient_lm.interop.keys import key, merged
 
 FAMILY = Family(
     model_type="qwen3",
@@ -25,16 +26,9 @@ FAMILY = Family(
         *shape(151936, 4096, 32, 32, 22016),
         LAYER_TYPES,
         key("head_dim", "block.mixer.head_size", default=128),
-        Named("hidden_act", GATED, "silu"),
-        key(
-            "rms_norm_eps",
-            "final_norm.epsilon", "block.norm.epsilon", "block.mixer.qk_norm.epsilon", default=1e-6,
-        ),
-        key("attention_bias", "block.mixer.bias", "block.mixer.output_bias", default=False),
-        key("tie_word_embeddings", "tied", default=False),
-        Rotary(),
-        Spread(),
+        BIASES,
+        *common(1e-6, "block.mixer.qk_norm.epsilon"),
     ),
     tensors=TENSORS,
     layer_tensors=(*ATTENTION, *QK_NORM, *GATED_MLP, *PRE_NORMS),
-)  # fmt: skip
+)
