@@ -6,7 +6,7 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
-from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf.constants import GGMLQuantizationType
 from gguf.quants import dequantize
 
 from efficient_lm.errors import CheckpointError
@@ -21,6 +21,13 @@ PLAIN = {
     GGMLQuantizationType.BF16: ("bfloat16", np.dtype(ml_dtypes.bfloat16)),
 }
 """Types read as they are; every other one becomes float32."""
+
+_DECODED = (
+    "Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K Q4_K Q5_K Q6_K IQ2_XXS IQ2_XS IQ3_XXS IQ1_S IQ4_NL IQ3_S IQ2_S IQ4_XS IQ1_M "
+    "TQ1_0 TQ2_0 MXFP4 NVFP4"
+)
+READABLE = frozenset(kind for kind in GGMLQuantizationType if kind in PLAIN or kind.name in _DECODED.split())
+"""Types that are read: plain ones, and those that the package decodes."""
 
 
 @dataclass(frozen=True)
@@ -55,11 +62,10 @@ class GGUFTensors:
         self._path, self._infos, self._stored = header.path, {}, dict(stored)
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, str] = {}
-        decodable = {kind: _decodable(kind) for kind in {info.type for info in header.tensors.values()}}
         for name, entry in stored.items():
             info = header.tensors.get(entry.name)
             _check(header.path, entry, info)
-            if not decodable[info.type]:
+            if info.type not in READABLE:
                 raise CheckpointError(
                     f"{header.path}: tensor '{entry.name}' is stored as {info.type.name}, which is not supported"
                 )
@@ -123,14 +129,3 @@ def _check(path: Path, entry: Stored, info: TensorInfo | None) -> None:
         raise CheckpointError(
             f"{path}: tensor '{entry.name}' has shape {list(info.shape)}; by the metadata it is {list(entry.shape)}"
         )
-
-
-def _decodable(kind: GGMLQuantizationType) -> bool:
-    """Whether the package can decode a type, tried on one block of zeros."""
-    if kind in PLAIN:
-        return True
-    try:
-        dequantize(np.zeros((1, GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
-    except NotImplementedError:
-        return False
-    return True

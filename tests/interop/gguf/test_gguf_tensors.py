@@ -12,6 +12,7 @@ from gguf import GGMLQuantizationType as Type
 
 from efficient_lm.errors import CheckpointError
 from efficient_lm.interop.gguf import open_gguf
+from efficient_lm.interop.gguf.tensors import PLAIN, READABLE
 
 UP = "model.layers.0.mlp.up_proj.weight"
 
@@ -245,6 +246,7 @@ def test_a_tensor_in_a_type_that_cannot_be_decoded_is_refused(draft, tmp_path):
 MEASURE = """
 import resource, sys
 from efficient_lm.interop.gguf import open_gguf
+from efficient_lm.interop.gguf.tensors import PLAIN, READABLE
 file = open_gguf(sys.argv[1])
 name = "model.embed_tokens.weight"
 file.tensors.read(name, 0, 64)
@@ -263,3 +265,10 @@ def test_reading_in_pieces_keeps_nothing_of_the_file(draft, tmp_path):
     grown, total = output.split()
     assert float(total) == 1 << 19
     assert int(grown) < 16 * 1024, f"{grown} KiB for a file of 64 MiB"
+
+
+@pytest.mark.parametrize("kind", sorted(READABLE - set(PLAIN), key=lambda kind: kind.name))
+def test_the_package_decodes_every_type_that_is_let_in(kind):
+    values, size = gguf.GGML_QUANT_SIZES[kind]
+    decoded = gguf.quants.dequantize(np.zeros((2, size), np.uint8), kind)
+    assert decoded.shape == (2, values) and decoded.dtype == np.float32
