@@ -16,10 +16,7 @@ Utilisation is not given: the peak of a CPU is not known. FLOPs count matrix pro
 """
 
 import argparse
-import datetime
-import importlib.metadata
 import json
-import os
 import statistics
 import subprocess
 import tempfile
@@ -30,6 +27,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from timing import surroundings
 
 from efficient_lm.api import Model, from_hf
 from efficient_lm.config import load_run_config
@@ -145,20 +143,6 @@ def report(options: argparse.Namespace) -> dict[str, Any]:
     return {"arms": results, **counts, "torch": versions}
 
 
-def surroundings() -> dict[str, Any]:
-    """What a figure depends on besides the code."""
-    device = jax.devices()[0]
-    lines = info.read_text().splitlines() if (info := Path("/proc/cpuinfo")).exists() else []
-    cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), os.uname().machine)
-    return {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "device": f"{jax.device_count()} x {device.platform} {device.device_kind}",
-        "cpu": f"{os.cpu_count()} x {cpu}",
-        "load_before": round(os.getloadavg()[0], 2),
-        "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax")},
-    }
-
-
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     sizes = {"width": 576, "layers": 30, "heads": 9, "kv-heads": 3, "hidden": 1536, "vocabulary": 49152}
@@ -173,7 +157,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     options = parse()
-    before = surroundings()
+    before = surroundings("jax", "jaxlib", "flax")
     results = report(options)
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
     settings["torch"] = options.torch is not None

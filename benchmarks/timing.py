@@ -2,6 +2,7 @@
 
 import argparse
 import datetime
+import importlib.metadata
 import json
 import os
 import platform
@@ -62,6 +63,18 @@ def machine() -> dict[str, object]:
         "jax": jax.__version__,
         "python": platform.python_version(),
         "date": datetime.date.today().isoformat(),
+    }
+
+
+def surroundings(*packages: str) -> dict[str, object]:
+    """What a figure depends on besides the code, with the versions of packages."""
+    device = jax.devices()[0]
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "device": f"{jax.device_count()} x {device.platform} {device.device_kind}",
+        "cpu": f"{os.cpu_count()} x {_processor()}",
+        "load_before": round(os.getloadavg()[0], 2),
+        "versions": {name: importlib.metadata.version(name) for name in packages},
     }
 
 

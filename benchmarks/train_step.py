@@ -19,11 +19,8 @@ backward, the head but not the embedding, over the time of the whole step, optim
 """
 
 import argparse
-import datetime
-import importlib.metadata
 import json
 import math
-import os
 import statistics
 import subprocess
 import time
@@ -35,6 +32,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from timing import surroundings
 
 from efficient_lm.models.language_model import LanguageModel, ModelSpec
 from efficient_lm.models.parameters import count_parameters, decay_mask
@@ -354,19 +352,6 @@ def compile_once(options: argparse.Namespace, depth: int, batch: dict[str, jax.S
     return time.perf_counter() - start
 
 
-def surroundings() -> dict[str, Any]:
-    """What a figure depends on besides the code."""
-    device = jax.devices()[0]
-    lines = info.read_text().splitlines() if (info := Path("/proc/cpuinfo")).exists() else []
-    cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), os.uname().machine)
-    return {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "device": f"{jax.device_count()} x {device.platform} {device.device_kind}",
-        "cpu": f"{os.cpu_count()} x {cpu}",
-        "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax")},
-    }
-
-
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     sizes = {"width": 256, "layers": 8, "heads": 4, "hidden": 688, "vocabulary": 4096, "batch": 8, "time": 256}
@@ -391,7 +376,9 @@ def main() -> None:
     what = "compile_time" if options.compile_time else f"train_step_w{options.width}_l{options.layers}"
     output = options.output or HERE / "results" / f"{what}_{jax.default_backend()}_{options.dtype}.json"
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps({**surroundings(), "settings": settings, **results}, indent=1) + "\n")
+    output.write_text(
+        json.dumps({**surroundings("jax", "jaxlib", "flax", "optax"), "settings": settings, **results}, indent=1) + "\n"
+    )
     print(f"kept in {output}")
 
 
