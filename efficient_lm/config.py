@@ -200,12 +200,6 @@ class ConvertConfig(Spec):
     format: Literal["run", "hf"] | None = None
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
 
-    @model_validator(mode="after")
-    def _rounds_published_alone(self) -> "ConvertConfig":
-        if self.format == "run" and self.dtype is not None:
-            raise ConfigError("dtype: a run directory holds float32; leave it out, or write format=hf")
-        return self
-
 
 def load_run_config(
     overrides: Sequence[str] = (), config_dirs: Iterable[str | Path] = (), verb: str = "train"
