@@ -11,7 +11,9 @@ Mode = Literal["train", "prefill", "decode"]
 
 
 @partial(
-    jax.tree_util.register_dataclass, data_fields=["positions", "segment_ids", "layer"], meta_fields=["mode", "packed"]
+    jax.tree_util.register_dataclass,
+    data_fields=["positions", "segment_ids", "layer"],
+    meta_fields=["mode", "packed", "layers"],
 )
 @dataclass(frozen=True)
 class Context:
@@ -23,6 +25,7 @@ class Context:
         mode: ``train`` (no cache), ``prefill`` (the cache is empty on entry) or ``decode`` (it holds what came before).
         packed: whether rows may hold padding or several documents; False lets a mixer skip those masks.
         layer: index in the model of the layer that is told, from 0; the stack sets it.
+        layers: how many layers the model has; the stack sets it.
     """
 
     positions: jax.Array
@@ -30,6 +33,7 @@ class Context:
     mode: Mode = field(default="train")
     packed: bool = field(default=True)
     layer: jax.Array | int = 0
+    layers: int = 1
 
     @classmethod
     def rows(cls, batch: int, time: int) -> "Context":

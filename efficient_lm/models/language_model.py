@@ -13,7 +13,7 @@ from efficient_lm.models.block import REMAT_NAMES, BlockSpec
 from efficient_lm.models.context import Context
 from efficient_lm.models.ffns.base import Auxiliary
 from efficient_lm.models.layers.norms import NormSpec, RMSNormSpec
-from efficient_lm.models.parameters import Blueprint, Initialization, Initializer, Parameters, parameter
+from efficient_lm.models.parameters import Blueprint, Initialization, Normal, Parameters, parameter
 from efficient_lm.models.stack import Caches, Remat, Stack
 from efficient_lm.spec import Count, Listing, OneOf, Positive, Spec
 
@@ -94,7 +94,7 @@ class Embedding(nnx.Module):
     """Token embedding, and learned absolute positions where the spec has them."""
 
     def __init__(self, spec: ModelSpec):
-        start = Initializer("normal", spec.embedding_std)
+        start = Normal(spec.embedding_std)
         self.multiplier = (
             math.sqrt(spec.width) if spec.embedding_multiplier == "sqrt_width" else spec.embedding_multiplier
         )

@@ -18,22 +18,84 @@ Parameters = dict[str, Any]
 """Nested dict of arrays."""
 
 
-@dataclass(frozen=True)
 class Initializer:
-    """How a parameter starts: ``normal`` (scale is the standard deviation, truncated at 3) or ``constant``."""
+    """How a parameter starts.
 
-    kind: str
+    Attributes:
+        draw: the distribution its values are made from, ``normal`` (unit, truncated at 3), ``uniform`` (from 0 to 1) or
+            ``none``.
+    """
+
+    draw: str = "none"
+
+    def values(self, shape: tuple[int, ...], drawn: jax.Array | None) -> jax.Array:
+        """float32 of this shape, from as many drawn values of the same shape."""
+        raise TypeError(f"{type(self).__name__} does not define values")
+
+
+@dataclass(frozen=True)
+class Normal(Initializer):
+    """Normal with standard deviation `scale`, truncated at three of them."""
+
     scale: float
+    draw = "normal"
+
+    def values(self, shape: tuple[int, ...], drawn: jax.Array | None) -> jax.Array:
+        return self.scale * drawn
 
     def __str__(self) -> str:
-        return f"{self.kind}({self.scale:.4g})"
+        return f"normal({self.scale:.4g})"
+
+
+@dataclass(frozen=True)
+class Constant(Initializer):
+    """One value everywhere."""
+
+    value: float
+
+    def values(self, shape: tuple[int, ...], drawn: jax.Array | None) -> jax.Array:
+        return jnp.full(shape, self.value, jnp.float32)
+
+    def __str__(self) -> str:
+        return f"constant({self.value:.4g})"
+
+
+@dataclass(frozen=True)
+class Uniform(Initializer):
+    """``through(u)`` with u uniform between `low` and `high`; `through` is a function of a module, None for u itself."""
+
+    low: float
+    high: float
+    through: Callable[[jax.Array], jax.Array] | None = None
+    draw = "uniform"
+
+    def values(self, shape: tuple[int, ...], drawn: jax.Array | None) -> jax.Array:
+        u = self.low + (self.high - self.low) * drawn
+        return u if self.through is None else self.through(u)
+
+    def __str__(self) -> str:
+        name = self.through.__name__ if self.through else "uniform"
+        return f"{name}({self.low:.4g} to {self.high:.4g})"
+
+
+@dataclass(frozen=True)
+class Pattern(Initializer):
+    """Values that follow from the place alone: ``function(shape)``, a function of a module."""
+
+    function: Callable[[tuple[int, ...]], jax.Array]
+
+    def values(self, shape: tuple[int, ...], drawn: jax.Array | None) -> jax.Array:
+        return self.function(shape)
+
+    def __str__(self) -> str:
+        return self.function.__name__
 
 
 _TRUNCATED_STD = 0.98658
 """Standard deviation of a unit normal truncated at 3."""
 
-ZEROS = Initializer("constant", 0.0)
-ONES = Initializer("constant", 1.0)
+ZEROS = Constant(0.0)
+ONES = Constant(1.0)
 
 
 @dataclass(frozen=True)
@@ -49,11 +111,11 @@ class Initialization:
     std: float | None = None
     residual_scale: float = 1.0
 
-    def matrix(self, fan_in: int) -> Initializer:
+    def matrix(self, fan_in: int) -> Normal:
         """For a matrix that reads the residual stream or a hidden layer."""
-        return Initializer("normal", self.std or fan_in**-0.5)
+        return Normal(self.std or fan_in**-0.5)
 
-    def output(self, fan_in: int) -> Initializer:
+    def output(self, fan_in: int) -> Normal:
         """For a matrix that writes into the residual stream."""
         start = self.matrix(fan_in)
         return replace(start, scale=start.scale * self.residual_scale)
@@ -127,22 +189,22 @@ class Blueprint:
     def init(self, key: jax.Array) -> Parameters:
         """Fresh parameters: nested dict of float32 arrays.
 
-        All normal values come from one draw that is cut into pieces: a draw for each parameter takes XLA many times as
-        long to compile.
+        All values of one distribution come from one draw that is cut into pieces: a draw for each parameter takes XLA
+        many times as long to compile.
         """
-        drawn = sum(
-            declared.size for _, declared in parameter_table(self.declarations) if declared.initializer.kind == "normal"
-        )
-        values = jax.random.truncated_normal(key, -3.0, 3.0, (drawn,), jnp.float32) / _TRUNCATED_STD
-        first = 0
+        table = [declared for _, declared in parameter_table(self.declarations)]
+        sizes = {kind: sum(d.size for d in table if d.initializer.draw == kind) for kind in ("normal", "uniform")}
+        drawn = {
+            "normal": jax.random.truncated_normal(key, -3.0, 3.0, (sizes["normal"],), jnp.float32) / _TRUNCATED_STD,
+            "uniform": jax.random.uniform(jax.random.fold_in(key, 1), (sizes["uniform"],), jnp.float32),
+        }
 
         def start(declared: Declaration) -> jax.Array:
-            nonlocal first
-            if declared.initializer.kind == "constant":
-                return jnp.full(declared.shape, declared.initializer.scale, jnp.float32)
-            piece = values[first : first + declared.size].reshape(declared.shape)
-            first += declared.size
-            return declared.initializer.scale * piece
+            kind = declared.initializer.draw
+            if kind == "none":
+                return declared.initializer.values(declared.shape, None)
+            piece, drawn[kind] = drawn[kind][: declared.size], drawn[kind][declared.size :]
+            return declared.initializer.values(declared.shape, piece.reshape(declared.shape))
 
         return map_declarations(start, self.declarations)
 

@@ -95,7 +95,7 @@ class Stack:
         remat_names: Sequence[str] = REMAT_NAMES,
         scan: bool = True,
     ):
-        self.segments = segment(layers)
+        self.segments, self.depth = segment(layers), len(layers)
         self.scan, self.remat = scan, checkpoint_policy(remat, remat_names)
         kinds = {spec: Blueprint(lambda spec=spec: spec.build(width, init)) for spec in dict.fromkeys(layers)}
         self.periods = [[kinds[spec] for spec in part.period] for part in self.segments]
@@ -153,6 +153,8 @@ class Stack:
         return x, None if caches is None else new_caches, auxiliary
 
     def _period(self, period: Sequence[Blueprint], context: Context) -> Callable:
+        depth = self.depth
+
         def run(
             x: jax.Array, step: tuple[Parameters, Caches | None, jax.Array]
         ) -> tuple[jax.Array, tuple[Any, Auxiliary]]:
@@ -160,7 +162,7 @@ class Stack:
             new_caches: dict[str, Any] = {}
             auxiliary: Auxiliary = {}
             for place, ((name, values), blueprint) in enumerate(zip(params.items(), period, strict=True)):
-                here = replace(context, layer=order[place])
+                here = replace(context, layer=order[place], layers=depth)
                 block = self.remat(
                     lambda values, x, cache, blueprint=blueprint, here=here: blueprint(values)(x, here, cache)
                 )

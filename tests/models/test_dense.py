@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from efficient_lm.models.ffns.base import FFNSpec
-from efficient_lm.models.ffns.dense import ACTIVATIONS
+from efficient_lm.models.layers.activations import ACTIVATIONS
 from efficient_lm.models.parameters import Blueprint, Initialization
 
 WIDTH = 32

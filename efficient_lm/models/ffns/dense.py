@@ -1,7 +1,5 @@
 """Dense channel mixers: the plain MLP and the gated ones."""
 
-from collections.abc import Callable
-from functools import partial
 from typing import ClassVar, Literal
 
 import jax
@@ -11,45 +9,10 @@ from jax.ad_checkpoint import checkpoint_name
 
 from efficient_lm.models.context import Context
 from efficient_lm.models.ffns.base import Auxiliary, FFNSpec
+from efficient_lm.models.layers.activations import ACTIVATIONS, Activation
 from efficient_lm.models.layers.linear import Linear
 from efficient_lm.models.parameters import Initialization
 from efficient_lm.spec import Count, PerLayer, Positive
-
-
-def relu(x: jax.Array) -> jax.Array:
-    """``max(x, 0)``."""
-    return jnp.maximum(x, 0)
-
-
-def relu_squared(x: jax.Array) -> jax.Array:
-    """``max(x, 0) ** 2`` (So et al. 2021, Primer)."""
-    return jnp.square(relu(x))
-
-
-def quick_gelu(x: jax.Array) -> jax.Array:
-    """``x * sigmoid(1.702 x)`` (Hendrycks & Gimpel 2016, section 2)."""
-    return x * jax.nn.sigmoid(1.702 * x)
-
-
-def identity(x: jax.Array) -> jax.Array:
-    """``x``."""
-    return x
-
-
-ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "gelu": partial(jax.nn.gelu, approximate=False),
-    "gelu_tanh": partial(jax.nn.gelu, approximate=True),
-    "identity": identity,
-    "quick_gelu": quick_gelu,
-    "relu": relu,
-    "relu_squared": relu_squared,
-    "sigmoid": jax.nn.sigmoid,
-    "silu": jax.nn.silu,
-    "tanh": jnp.tanh,
-}
-
-Activation = Literal[tuple(ACTIVATIONS)]
-"""Name of an activation."""
 
 
 class DenseSpec(FFNSpec):

@@ -14,7 +14,7 @@ from flax import nnx
 from pydantic import model_validator
 from pydantic_core import PydanticCustomError
 
-from efficient_lm.models.parameters import Initializer, parameter
+from efficient_lm.models.parameters import Normal, parameter
 from efficient_lm.spec import Choice, Count, Fraction, OneOf, Positive
 
 
@@ -194,7 +194,7 @@ def _alibi_slopes(heads: int) -> list[float]:
 class RelativeBias(Position):
     def __init__(self, spec: RelativeBiasSpec, heads: int):
         self.buckets, self.max_distance = spec.buckets, spec.max_distance
-        self.table = parameter({"buckets": spec.buckets, "heads": heads}, Initializer("normal", 0.02))
+        self.table = parameter({"buckets": spec.buckets, "heads": heads}, Normal(0.02))
 
     def bias(self, queries: jax.Array, keys: jax.Array) -> jax.Array:
         distance = jnp.maximum(queries[:, :, None] - keys[:, None, :], 0)

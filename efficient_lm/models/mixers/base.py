@@ -1,11 +1,13 @@
 """The contract of a sequence mixer.
 
 ``y, cache = mixer(x, context, cache)`` with `x [batch, time, width]`. A mixer lets nothing cross a document boundary,
-is causal, gives from its cache exactly what it computes in parallel, and keeps softmax statistics, recurrences and
-norms in float32. Its spec counts what it costs.
+is causal unless its spec says that it is bidirectional, gives from its cache exactly what it computes in parallel, and
+keeps softmax statistics, recurrences and norms in float32. Its spec counts what it costs; its cache is what
+``init_cache`` makes.
 """
 
 from collections.abc import Iterator
+from typing import ClassVar
 
 import jax
 from flax import nnx
@@ -18,7 +20,13 @@ Cache = dict[str, jax.Array]
 
 
 class MixerSpec(Choice, role="mixer"):
-    """A sequence mixer. One file per kind in this folder; defining the class registers it."""
+    """A sequence mixer. One file per kind in this folder; defining the class registers it.
+
+    Attributes:
+        bidirectional: whether tokens see later ones; such a mixer cannot decode, nor learn to predict the next token.
+    """
+
+    bidirectional: ClassVar[bool] = False
 
     def faults(self, width: int) -> Iterator[tuple[str, str]]:
         """What cannot work in a model of this width: pairs of (key, message)."""
@@ -29,7 +37,11 @@ class MixerSpec(Choice, role="mixer"):
         return self
 
     def build(self, width: int, init: Initialization) -> nnx.Module:
-        """The module, with methods ``__call__(x, context, cache)`` and ``init_cache(batch, length, dtype)``."""
+        """The module, with methods ``__call__(x, context, cache)`` and ``init_cache(batch, length, dtype)``.
+
+        It may have ``log_decay(x, context)``, float32 ``[batch, time, ...]``, and ``entropy(x, context)``, float32
+        ``[batch, heads]``: diagnostics read them.
+        """
         raise TypeError(f"{type(self).__name__} does not define build")
 
     def flops_per_token(self, width: int, context_length: int) -> float:

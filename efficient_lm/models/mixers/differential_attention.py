@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from efficient_lm.models.context import Context
 from efficient_lm.models.layers.norms import NormSpec, RMSNormSpec
 from efficient_lm.models.mixers.attention import HEAD_SIZE, Attention, AttentionSpec
-from efficient_lm.models.parameters import Initialization, Initializer, parameter
+from efficient_lm.models.parameters import Initialization, Normal, parameter
 from efficient_lm.spec import Fraction, OneOf, PerLayer, Positive, Spec
 
 
@@ -70,7 +70,7 @@ class DifferentialAttentionSpec(AttentionSpec):
 class DifferentialAttention(Attention):
     def __init__(self, spec: DifferentialAttentionSpec, width: int, init: Initialization):
         super().__init__(spec, width, init)
-        vectors, start = {"pair": 2, "head_dim": self.size}, Initializer("normal", spec.lambda_std)
+        vectors, start = {"pair": 2, "head_dim": self.size}, Normal(spec.lambda_std)
         self.lambda_query, self.lambda_key = parameter(vectors, start), parameter(vectors, start)
         self.head_norm = spec.head_norm.build({"pair_dim": 2 * self.size})
 
