@@ -1,0 +1,29 @@
+"""The definition of the delta rule: token by token, in the dtype of the state."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from kernels_pallas.tokens import scan_tokens
+
+
+def delta_rule(q, k, v, beta, log_decay, state, document):
+    """q, k [B,T,G,K], v [B,T,H,V], beta [B,T,H], log_decay None, [B,T,H] or [B,T,H,K], state [B,H,K,V].
+
+    Returns y [B,T,H,V] and the state.
+    """
+    heads, groups, dtype = v.shape[2], q.shape[2], state.dtype
+    read = functools.partial(jnp.einsum, "bhkv,bhk->bhv", precision=jax.lax.Precision.HIGHEST)
+
+    def step(state, token):
+        q, k, v, beta, log_decay = token
+        q, k = (jnp.repeat(value.astype(dtype), heads // groups, axis=1) for value in (q, k))
+        if log_decay is not None:
+            decay = jnp.exp(log_decay)
+            state = decay.reshape(*decay.shape, *(1,) * (4 - decay.ndim)) * state
+        change = beta.astype(dtype)[..., None] * (v.astype(dtype) - read(state, k))
+        state = state + k[..., None] * change[..., None, :]
+        return state, read(state, q)
+
+    return scan_tokens(step, state, document, (q, k, v, beta, log_decay))
