@@ -14,8 +14,12 @@ import numpy as np
 
 from efficient_lm.models.parameters import Declaration
 
-Layout = Literal["torch", "conv1d", "vector", "same"]
-"""How a parameter is stored: ``[out, in]`` as torch's Linear, ``[in, out]``, flattened to one axis, or as ours is."""
+Layout = Literal["torch", "conv1d", "depthwise", "vector", "same"]
+"""How a parameter is stored.
+
+``torch``: ``[out, in]`` as torch's Linear; ``conv1d``: ``[in, out]``; ``depthwise``: ``[channels, 1, taps]`` of ours
+``[taps, *channels]``; ``vector``: flattened to one axis; ``same``: as ours is.
+"""
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,8 @@ class Source:
             array = array[(slice(None),) * inputs + (self.pick,)]
         if layout == "same":
             return array
+        if layout == "depthwise":
+            return array.reshape(array.shape[0], -1, copy=False).T[:, None]
         if layout == "vector":
             return array.reshape(-1, copy=False)
         flat = array.reshape(math.prod(array.shape[:inputs]), -1, copy=False)
@@ -77,6 +83,19 @@ class Concatenated:
         for part in parts:
             yield tensor[..., start : start + part.shape[-1]]
             start += part.shape[-1]
+
+
+class Rows:
+    """One after the other along the first axis."""
+
+    def shape(self, parts: Sequence[np.ndarray], declared: Declaration) -> tuple[int, ...]:
+        return (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
+
+    def split(self, tensor: np.ndarray, parts: Sequence[np.ndarray], declared: Declaration) -> Iterator[np.ndarray]:
+        start = 0
+        for part in parts:
+            yield tensor[start : start + part.shape[0]]
+            start += part.shape[0]
 
 
 class InterleavedByHead:

@@ -15,6 +15,8 @@ from efficient_lm.models.language_model import ModelSpec
 
 Config = dict[str, Any]
 REQUIRED = object()
+ABSENT = object()
+"""What a config says of a kind of layer that the model does not have."""
 
 
 class Inexpressible(Exception):
@@ -38,9 +40,10 @@ class Draft:
     layout: list[str] = field(default_factory=list)
 
     def put(self, path: str, value: Any) -> None:
-        """Set ``block.mixer.heads`` (in every block) or ``width`` (of the model)."""
+        """Set ``block.mixer.heads`` (in every block), ``attend.mixer.heads`` (in a kind), ``width`` (of the model)."""
         scope, _, rest = path.partition(".")
-        put(*((self.block, rest) if scope == "block" else (self.model, path)), value)
+        values = {"block": self.block, **self.kinds}.get(scope)
+        put(*((self.model, path) if values is None else (values, rest)), value)
 
     def values(self) -> Config:
         """What `ModelSpec` validates."""
@@ -52,19 +55,37 @@ class Draft:
 
 
 class Layers:
-    """A spec seen from a config: its plain values, and those of each layer with defaults filled in."""
+    """A spec seen from a config: its plain values, and those of each layer with defaults filled in.
 
-    def __init__(self, spec: ModelSpec):
+    Attributes:
+        kinds: name of the kind of each layer: the first of `kinds` whose values the layer has.
+    """
+
+    def __init__(self, spec: ModelSpec, kinds: Mapping[str, Config] | None = None):
         self.spec = spec
         self.model = spec.dump()
         self.layers = [layer.resolved(spec.width).dump() for layer in spec.layers()]
+        self._known = kinds or {"layer": {}}
+        self.kinds = [self._kind(layer) for layer in self.layers]
+
+    def _kind(self, layer: Config) -> str:
+        found = [name for name, values in self._known.items() if _has(layer, values)]
+        if not found:
+            raise Inexpressible("block.mixer.kind", get(layer, "mixer.kind"))
+        return found[0]
 
     def get(self, path: str) -> Any:
-        """A value of the model, or one that all layers share. Raises `Inexpressible`."""
+        """A value of the model, or one that all layers, or all of a kind, share; `ABSENT` if there is no such layer.
+
+        Raises:
+            Inexpressible: the layers do not share one.
+        """
         scope, _, rest = path.partition(".")
-        if scope != "block":
+        if scope != "block" and scope not in self._known:
             return get(self.model, path)
-        values = self.each(rest)
+        values = [
+            value for kind, value in zip(self.kinds, self.each(rest), strict=True) if scope in ("block", kind)
+        ] or [ABSENT]
         if any(value != values[0] for value in values):
             raise Inexpressible(path, values)
         return values[0]
@@ -105,7 +126,9 @@ class Key:
             draft.put(path, copy.deepcopy(value))
 
     def write(self, layers: Layers, config: Config) -> None:
-        config[self.name] = self.back(layers.get(self.paths[0]))
+        value = next((found for path in self.paths if (found := layers.get(path)) is not ABSENT), ABSENT)
+        if value is not ABSENT:
+            config[self.name] = self.back(value)
 
 
 def key(name: str, *paths: str, default: Any = REQUIRED, **convert: Callable[[Any], Any]) -> Key:
@@ -174,6 +197,52 @@ class Depth:
 
     def write(self, layers: Layers, config: Config) -> None:
         config[self.name] = len(layers.layers)
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """The kind of each layer, however a family writes it down.
+
+    Attributes:
+        names: ``(config) -> names``, the kind of each layer by our names; raises `ConfigError`.
+        keys: ``(names) -> keys`` of the config that say so.
+    """
+
+    names: Callable[[Config], list[str]]
+    keys: Callable[[list[str]], Config]
+
+    def read(self, config: Config, draft: Draft) -> None:
+        draft.layout = self.names(config)
+
+    def write(self, layers: Layers, config: Config) -> None:
+        config |= self.keys(layers.kinds)
+
+
+def listed(name: str, kinds: Mapping[str, str], default: Callable[[Config, int], str], depth: int) -> Pattern:
+    """A `Pattern` of a list like ``layer_types``, with one published name per layer.
+
+    Args:
+        name: key of the list.
+        kinds: published name → ours.
+        default: ``(config, layer) -> published name``, where the config has no list.
+        depth: default of ``num_hidden_layers``.
+    """
+
+    def names(config: Config) -> list[str]:
+        layers = count(config, "num_hidden_layers", depth)
+        types = config.get(name) or [default(config, index) for index in range(layers)]
+        if len(types) < layers:
+            raise ConfigError(f"{name}: lists {len(types)} layers, and num_hidden_layers is {layers}")
+        for kind in types:
+            if kind not in kinds:
+                raise ConfigError(f"{name}: '{kind}' is not supported; {nearest(str(kind), kinds)}")
+        return [kinds[kind] for kind in types[:layers]]
+
+    def keys(ours: list[str]) -> Config:
+        theirs = {mine: published for published, mine in reversed(kinds.items())}
+        return {"num_hidden_layers": len(ours), name: [theirs[kind] for kind in ours]}
+
+    return Pattern(names, keys)
 
 
 @dataclass(frozen=True)
@@ -255,6 +324,13 @@ def merged(first: Config, second: Config) -> Config:
         nested = isinstance(inner, dict) and isinstance(value, dict)
         both[name] = merged(inner, value) if nested else copy.deepcopy(value)
     return both
+
+
+def _has(values: Any, wanted: Any) -> bool:
+    """Whether nested values contain all those wanted."""
+    if isinstance(wanted, Mapping):
+        return isinstance(values, Mapping) and all(_has(values.get(name), inner) for name, inner in wanted.items())
+    return values == wanted
 
 
 def period(layout: Sequence[str]) -> tuple[list[str], int]:

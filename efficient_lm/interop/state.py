@@ -62,6 +62,7 @@ def entries(family: Family, model: LanguageModel) -> list[Entry]:
     """
     table = dict(parameter_table(model.declarations))
     found = _entries(family.tensors, {path: _Place(path, None, declared) for path, declared in table.items()})
+    by_layer = family.tensors_by_layer(model.spec)
     for number, (segment, layer, index) in enumerate(model.stack.places):
         prefix = f"stack.{segment}.{layer}."
         places = {
@@ -69,7 +70,7 @@ def entries(family: Family, model: LanguageModel) -> list[Entry]:
             for path, declared in table.items()
             if path.startswith(prefix)
         }
-        tensors = [tensor.prefixed(family.layer.format(number)) for tensor in family.layer_tensors]
+        tensors = [tensor.prefixed(family.layer.format(number)) for tensor in by_layer[number]]
         found += _entries(tensors, places)
     covered = {place.path for entry in found for place in entry.places}
     for path in table:

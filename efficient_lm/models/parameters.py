@@ -62,7 +62,7 @@ class Constant(Initializer):
 
 @dataclass(frozen=True)
 class Uniform(Initializer):
-    """``through(u)`` with u uniform between `low` and `high`; `through` is a function of a module, None for u itself."""
+    """``through(u)`` with u uniform between `low` and `high`; `through` is a function of a module, or None."""
 
     low: float
     high: float

@@ -1,6 +1,7 @@
 """What a family says of itself."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from efficient_lm.errors import CheckpointError, ConfigError
@@ -27,7 +28,8 @@ class Family:
         model, block: values of the spec that all its models share.
         keys: bindings of config.json, in the order in which they are read.
         tensors: of the model.
-        layer_tensors: of each layer, below the prefix `layer`.
+        layer_tensors: of each layer, below the prefix `layer`; a mapping gives those of each kind.
+        kinds: values of each kind of layer, by our name, where there are several.
         layer: prefix of a layer's tensors, ``model.layers.{}.``.
         prefix: of the base model; folders saved from the base model leave it out.
         dropouts: keys of dropout rates, which training here does not apply.
@@ -40,7 +42,8 @@ class Family:
     block: Config
     keys: tuple[Binding, ...]
     tensors: tuple[Tensor, ...]
-    layer_tensors: tuple[Tensor, ...]
+    layer_tensors: tuple[Tensor, ...] | Mapping[str, tuple[Tensor, ...]]
+    kinds: Mapping[str, Config] = field(default_factory=lambda: {"layer": {}})
     layer: str = "model.layers.{}."
     prefix: str = "model."
     dropouts: tuple[str, ...] = ("attention_dropout",)
@@ -53,7 +56,8 @@ class Family:
             ConfigError: an option that cannot be expressed.
             CheckpointError: a missing or malformed value.
         """
-        draft = Draft(merged({}, self.model), merged({}, self.block))
+        kinds = {name: merged({}, values) for name, values in self.kinds.items()}
+        draft = Draft(merged({}, self.model), merged({}, self.block), kinds)
         for binding in (*_ALWAYS, *self.keys):
             binding.read(config, draft)
         try:
@@ -68,7 +72,7 @@ class Family:
             Inexpressible: the family has no words for some value.
         """
         config: Config = {"model_type": self.model_type, "architectures": [self.architecture]}
-        layers = Layers(spec)
+        layers = Layers(spec, self.kinds)
         for binding in self.keys:
             binding.write(layers, config)
         try:
@@ -79,6 +83,12 @@ class Family:
         if ours != theirs:
             raise Inexpressible(*_first_difference(ours, theirs))
         return config
+
+    def tensors_by_layer(self, spec: ModelSpec) -> list[tuple[Tensor, ...]]:
+        """The tensors that each layer may have."""
+        if not isinstance(self.layer_tensors, Mapping):
+            return [self.layer_tensors] * len(spec.layer_names())
+        return [self.layer_tensors[kind] for kind in Layers(spec, self.kinds).kinds]
 
     def applied_dropouts(self, config: Config) -> list[str]:
         """Dropout rates of a config that are not zero."""

@@ -3,7 +3,6 @@
 from typing import ClassVar, Literal
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
