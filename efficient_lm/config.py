@@ -109,6 +109,8 @@ class RunConfig(Spec):
     @model_validator(mode="after")
     def _fits(self) -> "RunConfig":
         self.schedule.spans(self.train.steps)
+        if self.objective.causal:
+            self.model.check_causal(f"objective '{self.objective.kind}' predicts")
         return self
 
 

@@ -23,9 +23,13 @@ class Decoder:
 
     Args:
         dtype: of the computation and of the cache.
+
+    Raises:
+        ConfigError: a mixer of the model is bidirectional.
     """
 
     def __init__(self, model: LanguageModel, params: Parameters, dtype: jax.typing.DTypeLike = jnp.float32):
+        model.spec.check_causal("are still to be generated")
         self.model, self.params, self.dtype = model, params, dtype
         self._prefill = jax.jit(self._first, static_argnames=("length", "sampling"))
         self._step = jax.jit(self._next, static_argnames="sampling", donate_argnames="caches")

@@ -129,6 +129,10 @@ class Block(nnx.Module):
             total = total + checkpoint_name(y, "ffn_output")
         return _normed(self.joint_norm, total), cache, auxiliary
 
+    def mixer_input(self, x: jax.Array) -> jax.Array:
+        """What the mixer reads of the residual stream `x [batch, time, width]`."""
+        return _normed(self.mixer.input_norm, _normed(self.shared_norm, x))
+
     def init_cache(self, batch: int, length: int, dtype: jax.typing.DTypeLike) -> Cache | None:
         """The mixer's empty cache."""
         return None if self.mixer is None else self.mixer.inner.init_cache(batch, length, dtype)

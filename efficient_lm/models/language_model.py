@@ -13,6 +13,7 @@ from efficient_lm.models.block import REMAT_NAMES, BlockSpec
 from efficient_lm.models.context import Context
 from efficient_lm.models.ffns.base import Auxiliary
 from efficient_lm.models.layers.norms import NormSpec, RMSNormSpec
+from efficient_lm.models.mixers.base import MixerSpec
 from efficient_lm.models.parameters import Blueprint, Initialization, Normal, Parameters, parameter
 from efficient_lm.models.stack import Caches, Remat, Stack
 from efficient_lm.spec import Count, Listing, OneOf, Positive, Spec
@@ -84,6 +85,16 @@ class ModelSpec(Spec):
             except ConfigError as error:
                 raise ConfigError(f"model.blocks.{name}: {error}") from None
         return resolved
+
+    def check_causal(self, purpose: str) -> None:
+        """Refuse mixers that see later tokens. Raises `ConfigError` naming one, and what they cannot be used for."""
+        for name, block in self.blocks.items():
+            if block.mixer is not None and block.mixer.bidirectional:
+                causal = [kind for kind, found in MixerSpec.kinds.items() if not found.bidirectional]
+                raise ConfigError(
+                    f"model.blocks.{name}.mixer: '{block.mixer.kind}' is bidirectional, it sees the tokens that "
+                    f"{purpose}; {nearest(block.mixer.kind, causal)}"
+                )
 
     def build(self) -> "LanguageModel":
         """The model's definition; no array is allocated. `vocab_size` must be set."""

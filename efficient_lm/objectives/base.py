@@ -4,7 +4,7 @@ The one division happens in the training step, after accumulation over micro-bat
 over tokens is the same however a batch is cut.
 """
 
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 
@@ -32,7 +32,13 @@ class Sums(NamedTuple):
 
 
 class ObjectiveSpec(Choice, role="objective"):
-    """A training objective."""
+    """A training objective.
+
+    Attributes:
+        causal: whether it predicts later tokens from earlier ones, which a bidirectional mixer would see.
+    """
+
+    causal: ClassVar[bool] = True
 
     def sums(
         self, model: LanguageModel, params: Parameters, batch: Batch, dtype: jax.typing.DTypeLike, packed: bool = True

@@ -69,6 +69,35 @@ def attention(
     return run(q, k, v, sinks, bias, visibility, scale=scale, softcap=softcap)
 
 
+def attention_weights(
+    q: jax.Array,
+    k: jax.Array,
+    *,
+    window: int | None = None,
+    kept: int = 0,
+    sinks: jax.Array | None = None,
+    softcap: float | None = None,
+    bias: jax.Array | None = None,
+    scale: float | None = None,
+    segment_ids: jax.Array | None = None,
+) -> jax.Array:
+    """The weights of causal `attention`, all at once: for looking at a few rows, not for training.
+
+    Args:
+        q: [B, T, H, K] queries. k: [B, T, G, K] keys. Others as in `attention`.
+
+    Returns:
+        [B, H, T, T], float32 (float64 for float64 inputs); a learned sink takes its part of each row's sum of one.
+
+    Raises:
+        ValueError: shapes that do not fit, naming the argument.
+    """
+    _check_shapes(q, k, k, sinks, None, bias)
+    visibility = _visibility(q, k, True, window, kept, None, segment_ids, None, None, None)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return reference.probabilities(q, k, sinks, bias, visibility, scale=scale, softcap=softcap)
+
+
 def _check_shapes(q, k, v, sinks, prefix_length, bias) -> None:
     for name, value in (("q", q), ("k", k), ("v", v)):
         if value.ndim != 4:

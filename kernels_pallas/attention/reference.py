@@ -8,9 +8,16 @@ from kernels_pallas.attention.visibility import Visibility
 
 def attention(q, k, v, sinks, bias, visibility: Visibility, *, scale: float, softcap: float | None) -> jax.Array:
     """q [B,T,H,K], k [B,S,G,K], v [B,S,G,V], sinks [H] or None, bias [1|B,1|H,T,S] or None -> [B,T,H,V] as q."""
+    weights = probabilities(q, k, sinks, bias, visibility, scale=scale, softcap=softcap)
+    with jax.default_matmul_precision("highest"):
+        values = jnp.repeat(v.astype(weights.dtype), q.shape[2] // k.shape[2], axis=2)
+        return jnp.einsum("bhts,bshv->bthv", weights, values).astype(q.dtype)
+
+
+def probabilities(q, k, sinks, bias, visibility: Visibility, *, scale: float, softcap: float | None) -> jax.Array:
+    """The weight of every key for every query, [B,H,T,S] float32 (float64 for float64 inputs); arguments as above."""
     dtype = jnp.promote_types(q.dtype, jnp.float32)
-    repeats = q.shape[2] // k.shape[2]
-    keys, values = (jnp.repeat(x.astype(dtype), repeats, axis=2) for x in (k, v))
+    keys = jnp.repeat(k.astype(dtype), q.shape[2] // k.shape[2], axis=2)
     with jax.default_matmul_precision("highest"):
         logits = scale * jnp.einsum("bthk,bshk->bhts", q.astype(dtype), keys)
         if softcap is not None:
@@ -29,5 +36,4 @@ def attention(q, k, v, sinks, bias, visibility: Visibility, *, scale: float, sof
         total = jnp.sum(weights, axis=-1, keepdims=True)
         if sink is not None:
             total += jnp.exp(sink - largest)
-        probabilities = weights / jnp.where(total == 0, 1, total)
-        return jnp.einsum("bhts,bshv->bthv", probabilities, values).astype(q.dtype)
+        return weights / jnp.where(total == 0, 1, total)

@@ -15,7 +15,7 @@ from efficient_lm.models.layers.positions import PositionSpec, RotarySpec
 from efficient_lm.models.mixers.base import Cache, MixerSpec
 from efficient_lm.models.parameters import ZEROS, Initialization, parameter
 from efficient_lm.spec import Count, Natural, OneOf, PerLayer, Positive
-from kernels_pallas.attention import attention
+from kernels_pallas.attention import attention, attention_weights
 
 HEAD_SIZE = 64
 """Values per head where neither their number nor their size is given."""
@@ -183,6 +183,19 @@ class Attention(nnx.Module):
             query_positions=context.positions, key_positions=seen["positions"],
         )  # fmt: skip
         return y, new
+
+    def entropy(self, x: jax.Array, context: Context) -> jax.Array:
+        """Mean entropy in nats of the weights of every real token, float32 ``[batch, heads]``; builds all weights."""
+        q, k, _ = self._project(x, context)
+        index = jnp.arange(q.shape[1], dtype=jnp.int32)[None]
+        weights = attention_weights(
+            q, k, window=self.spec.window, kept=self.spec.kept_tokens, softcap=self.spec.softcap,
+            sinks=None if self.sinks is None else self.sinks[...], scale=self.spec.scale,
+            bias=self.position.bias(index, index), segment_ids=context.segment_ids,
+        )  # fmt: skip
+        live = (context.segment_ids != 0)[:, None]
+        rows = jnp.sum(jax.scipy.special.entr(weights), axis=-1)
+        return jnp.sum(rows * live, axis=-1) / jnp.maximum(jnp.sum(live, axis=-1), 1)
 
     def init_cache(self, batch: int, length: int, dtype: jnp.dtype) -> Cache:
         """An empty cache for `length` tokens, or for the kept tokens and one window where that is less.
