@@ -5,6 +5,7 @@
     python benchmarks/train_step.py --dtype bfloat16 --width 768 --layers 12 --heads 12 --hidden 2048 \\
         --vocabulary 32768 --batch 32 --time 2048                # an accelerator; prints its utilisation too
     python benchmarks/train_step.py --compile-time               # 6 layers against 48
+    python benchmarks/train_step.py --architecture mamba2 --torch PYTHON   # or mamba: this framework and torch
 
 The arms take turns, a few steps each, for several rounds: ratios are of times in the same round, so that what else
 the machine does meets all of them. Arms:
@@ -12,7 +13,7 @@ the machine does meets all of them. Arms:
 - ``framework``: `efficient_lm`, the step as training runs it, batches put on the device each time;
 - ``hand_written``: plain dicts and `jax.jit`, with the operators of `kernels_pallas`: what the framework itself costs;
 - ``plain``: the same with JAX's own operations only, as one writes them first;
-- ``torch``: `LlamaForCausalLM` and `torch.optim.AdamW` (see train_step_torch.py), in a process of its own.
+- ``torch``: the model in transformers and `torch.optim.AdamW` (see train_step_torch.py), in a process of its own.
 
 Needs jax, flax, optax and pydantic. Utilisation counts matrix products and causal attention (halved), forward and
 backward, the head but not the embedding, over the time of the whole step, optimizer included.
@@ -53,8 +54,10 @@ Round = Callable[[int], float]
 
 
 def model_spec(options: argparse.Namespace, layers: int | None = None) -> ModelSpec:
-    """The Llama that every arm trains."""
-    mixer, ffn = {"kind": "attention", "heads": options.heads}, {"kind": "swiglu", "hidden": options.hidden}
+    """The model that every arm trains: a Llama, or blocks of nothing but a Mamba mixer."""
+    mixer, ffn = {"kind": options.architecture}, None
+    if options.architecture == "llama":
+        mixer, ffn = {"kind": "attention", "heads": options.heads}, {"kind": "swiglu", "hidden": options.hidden}
     rest = {} if options.remat is None else {"remat": options.remat}
     rest |= {"vocab_size": options.vocabulary, "repeats": layers or options.layers}
     return ModelSpec(width=options.width, blocks={"layer": {"mixer": mixer, "ffn": ffn}}, layout=["layer"], **rest)
@@ -237,7 +240,7 @@ def hand_written_arm(
 
 def torch_arm(options: argparse.Namespace) -> tuple[Round, float, str]:
     """A round of torch's steps in its own process, the loss of the first, and torch's versions."""
-    names = ("width", "layers", "heads", "hidden", "vocabulary", "batch", "time", "dtype")
+    names = ("architecture", "width", "layers", "heads", "hidden", "vocabulary", "batch", "time", "dtype")
     settings = {name: getattr(options, name) for name in names}
     settings |= {"learning_rate": LEARNING_RATE, "betas": BETAS, "epsilon": EPSILON, "decay": DECAY}
     settings |= {"clip_norm": CLIP_NORM, "norm_epsilon": NORM_EPSILON}
@@ -361,11 +364,16 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--remat", choices=("none", "full", "dots", "names"), help="of the framework's arm")
     parser.add_argument("--peer-remat", choices=("none", "dots"), default="dots", help="of the hand-written arms")
-    parser.add_argument("--arms", nargs="+", default=["framework", "hand_written", "plain"])
+    parser.add_argument("--architecture", choices=("llama", "mamba", "mamba2"), default="llama")
+    parser.add_argument("--arms", nargs="+", help="default: framework, and of a llama also hand_written and plain")
     parser.add_argument("--torch", metavar="PYTHON", help="an interpreter with torch and transformers")
     parser.add_argument("--compile-time", action="store_true", help="seconds to compile 6 and 48 layers instead")
     parser.add_argument("--output", type=Path, help="file of the results; default: by device and shape in results/")
-    return parser.parse_args()
+    options = parser.parse_args()
+    options.arms = (
+        options.arms or ["framework", "hand_written", "plain"][: None if options.architecture == "llama" else 1]
+    )
+    return options
 
 
 def main() -> None:
@@ -373,7 +381,8 @@ def main() -> None:
     results = compile_times(options) if options.compile_time else report(options)
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
     settings["torch"] = options.torch is not None
-    what = "compile_time" if options.compile_time else f"train_step_w{options.width}_l{options.layers}"
+    family = "" if options.architecture == "llama" else f"{options.architecture}_"
+    what = f"{family}compile_time" if options.compile_time else f"train_step_{family}w{options.width}_l{options.layers}"
     output = options.output or HERE / "results" / f"{what}_{jax.default_backend()}_{options.dtype}.json"
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(

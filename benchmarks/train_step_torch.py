@@ -1,7 +1,7 @@
 """The torch arm of train_step.py: `python train_step_torch.py SETTINGS`, with torch and transformers and no jax.
 
-Builds and warms up a `LlamaForCausalLM`, prints ``{"loss", "versions"}``, then reads numbers of steps from standard
-input, one a line, and answers each with the seconds they took.
+Builds and warms up a model of transformers with its own defaults, prints ``{"loss", "versions"}``, then reads numbers of
+steps from standard input, one a line, and answers each with the seconds they took.
 """
 
 import json
@@ -12,7 +12,7 @@ import torch
 import transformers
 
 
-def build(settings: dict) -> torch.nn.Module:
+def llama(settings: dict) -> transformers.LlamaForCausalLM:
     config = transformers.LlamaConfig(
         hidden_size=settings["width"],
         num_hidden_layers=settings["layers"],
@@ -26,13 +26,41 @@ def build(settings: dict) -> torch.nn.Module:
         use_cache=False,
         attn_implementation="sdpa",
     )
+    return transformers.LlamaForCausalLM(config)
+
+
+def mamba(settings: dict) -> transformers.MambaForCausalLM:
+    return transformers.MambaForCausalLM(transformers.MambaConfig(**sizes(settings)))
+
+
+def mamba2(settings: dict) -> transformers.Mamba2ForCausalLM:
+    heads = 2 * settings["width"] // 64
+    config = transformers.Mamba2Config(num_heads=heads, head_dim=64, n_groups=1, **sizes(settings))
+    return transformers.Mamba2ForCausalLM(config)
+
+
+def sizes(settings: dict) -> dict:
+    return {
+        "hidden_size": settings["width"],
+        "num_hidden_layers": settings["layers"],
+        "vocab_size": settings["vocabulary"],
+        "tie_word_embeddings": False,
+        "use_cache": False,
+    }
+
+
+def build(settings: dict) -> torch.nn.Module:
     torch.manual_seed(0)
-    return transformers.LlamaForCausalLM(config).to("cuda" if torch.cuda.is_available() else "cpu").train()
+    model = {"llama": llama, "mamba": mamba, "mamba2": mamba2}[settings["architecture"]](settings)
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").train()
 
 
 def make_optimizer(model: torch.nn.Module, settings: dict) -> torch.optim.Optimizer:
-    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed_tokens" not in name]
-    rest = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed_tokens" in name]
+    def decayed(name: str, value: torch.nn.Parameter) -> bool:
+        return value.ndim == 2 and "embed" not in name and "A_log" not in name
+
+    matrices = [value for name, value in model.named_parameters() if decayed(name, value)]
+    rest = [value for name, value in model.named_parameters() if not decayed(name, value)]
     groups = [{"params": matrices, "weight_decay": settings["decay"]}, {"params": rest, "weight_decay": 0.0}]
     return torch.optim.AdamW(
         groups, lr=settings["learning_rate"], betas=settings["betas"], eps=settings["epsilon"], fused=True
