@@ -1,7 +1,7 @@
 """The torch arm of train_step.py: `python train_step_torch.py SETTINGS`, with torch and transformers and no jax.
 
-Builds and warms up a model of transformers with its own defaults, prints ``{"loss", "versions"}``, then reads numbers of
-steps from standard input, one a line, and answers each with the seconds they took.
+Builds and warms up a model of transformers with its own defaults, prints ``{"loss", "versions"}``, then reads numbers
+of steps from standard input, one a line, and answers each with the seconds they took.
 """
 
 import json

@@ -20,6 +20,8 @@ def project(tmp_path_factory):
     unwanted = shutil.ignore_patterns("__pycache__")
     for part in ("efficient_lm", "kernels_pallas", "configs"):
         shutil.copytree(ROOT / part, folder / part, ignore=unwanted)
+    (folder / "tests" / "models").mkdir(parents=True)
+    shutil.copy(ROOT / "tests" / "models" / "test_mixers.py", folder / "tests" / "models")
     files = re.findall(r"^`([\w/.]+)`\n\n```\w+\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
     for path, content in files:
         assert not (folder / path).exists()
