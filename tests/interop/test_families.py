@@ -18,7 +18,10 @@ from efficient_lm.models.context import Context
 from efficient_lm.objectives.causal_lm import CausalLMSpec
 
 GOLDENS = Path(__file__).parent.parent / "goldens"
-NAMES = ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "olmo2", "gpt_neox", "gpt2", "diffllama"]
+NAMES = [
+    "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "olmo2", "gpt_neox", "gpt2", "diffllama", "mamba",
+    "falcon_mamba", "recurrent_gemma", "lfm2",
+]  # fmt: skip  # fmt: skip
 
 
 class Golden:

@@ -1,6 +1,5 @@
 """Hydra: a state space model that reads in both directions."""
 
-import math
 from collections.abc import Iterator
 from typing import ClassVar, Literal
 
@@ -12,7 +11,7 @@ from efficient_lm.models.context import Context
 from efficient_lm.models.layers.gated_norm import GatedNorm
 from efficient_lm.models.layers.linear import Linear
 from efficient_lm.models.mixers.base import Cache, MixerSpec
-from efficient_lm.models.mixers.recurrent import Implementation, documents
+from efficient_lm.models.mixers.recurrent import TIME_STEP, Implementation, documents
 from efficient_lm.models.parameters import ONES, ZEROS, Initialization, Uniform, parameter
 from efficient_lm.spec import Count, Positive
 from kernels_pallas.linear_attention import linear_attention
@@ -74,16 +73,6 @@ class HydraSpec(MixerSpec):
         return 2.0 * width * read + 2 * self.convolution * convolved + recurrences + 2.0 * inner * (heads + width)
 
 
-def inverse_softplus(x: jax.Array) -> jax.Array:
-    """The value whose softplus is `x`."""
-    return x + jnp.log(-jnp.expm1(-x))
-
-
-def time_step(log: jax.Array) -> jax.Array:
-    """Bias of Δ from the logarithm of Δ itself."""
-    return inverse_softplus(jnp.exp(log))
-
-
 class Hydra(nnx.Module):
     def __init__(self, spec: HydraSpec, width: int, init: Initialization):
         self.spec = spec
@@ -97,7 +86,7 @@ class Hydra(nnx.Module):
         bound = spec.convolution**-0.5
         self.value_taps = parameter({"taps": spec.convolution, **inner}, Uniform(-bound, bound))
         self.state_taps = parameter({"taps": spec.convolution, **pair}, Uniform(-bound, bound))
-        self.delta_bias = parameter(both, Uniform(math.log(1e-3), math.log(1e-1), time_step))
+        self.delta_bias = parameter(both, TIME_STEP)
         self.decay = parameter(both, Uniform(1.0, 16.0, jnp.log))
         self.diagonal = parameter({"heads": heads}, ONES)
         self.diagonal_map = parameter({**inner, "outputs": heads}, ZEROS)

@@ -1,5 +1,6 @@
 """What every mixer with a recurrent state shares: which document the state belongs to, and carrying it on."""
 
+import math
 from typing import Literal
 
 import jax
@@ -7,9 +8,22 @@ import jax.numpy as jnp
 
 from efficient_lm.models.context import Context
 from efficient_lm.models.mixers.base import Cache
+from efficient_lm.models.parameters import Uniform
 
 Implementation = Literal["auto", "reference", "xla"]
 """Which form of an operator of `kernels_pallas` a recurrent mixer runs."""
+
+SHORTEST_STEP = 1e-4
+
+
+def time_step(log: jax.Array) -> jax.Array:
+    """The bias whose softplus is a step Δ, from Δ's logarithm; Δ is at least 1e-4."""
+    step = jnp.maximum(jnp.exp(log), SHORTEST_STEP)
+    return step + jnp.log(-jnp.expm1(-step))
+
+
+TIME_STEP = Uniform(math.log(1e-3), math.log(0.1), time_step)
+"""Start of the bias of Δ: steps log-uniform between 0.001 and 0.1 (Gu & Dao 2023, arXiv 2312.00752, section 3.6)."""
 
 
 def documents(context: Context, cache: Cache | None) -> jax.Array | None:
