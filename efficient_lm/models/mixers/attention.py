@@ -12,7 +12,7 @@ from efficient_lm.models.context import Context
 from efficient_lm.models.layers.linear import Linear
 from efficient_lm.models.layers.norms import NormSpec
 from efficient_lm.models.layers.positions import PositionSpec, RotarySpec
-from efficient_lm.models.mixers.base import Cache, MixerSpec
+from efficient_lm.models.mixers.base import Cache, MixerSpec, dividing
 from efficient_lm.models.parameters import ZEROS, Initialization, parameter
 from efficient_lm.spec import Count, Natural, OneOf, PerLayer, Positive
 from kernels_pallas.attention import attention, attention_weights
@@ -60,9 +60,9 @@ class AttentionSpec(MixerSpec):
     def faults(self, width: int) -> Iterator[tuple[str, str]]:
         heads = self.head_count(width)
         if self.head_size is None and width % heads:
-            yield "heads", f"{heads} heads do not divide width {width}; {_divisors(width, heads)}, or set head_size"
+            yield "heads", f"{heads} heads do not divide width {width}; {dividing(width, heads)}, or set head_size"
         if self.kv_heads and heads % self.kv_heads:
-            yield "kv_heads", f"{self.kv_heads} do not divide {heads} heads; {_divisors(heads, self.kv_heads)}"
+            yield "kv_heads", f"{self.kv_heads} do not divide {heads} heads; {dividing(heads, self.kv_heads)}"
         if self.kept_tokens and self.window is None:
             yield "kept_tokens", "tokens are kept beyond a window, and there is none: set window too"
         if self.qk_norm_over != "head" and self.qk_norm is None:
@@ -101,11 +101,6 @@ class AttentionSpec(MixerSpec):
         ramp = window * (window + 1) / 2 + (context_length - window) * window
         kept = min(self.kept_tokens, max(context_length - window, 0))
         return (ramp + kept * (context_length - window - kept / 2)) / context_length
-
-
-def _divisors(number: int, near: int) -> str:
-    choices = sorted((d for d in range(1, number + 1) if number % d == 0), key=lambda d: abs(d - near))[:3]
-    return "nearest that do: " + ", ".join(str(choice) for choice in sorted(choices))
 
 
 class Attention(nnx.Module):

@@ -50,3 +50,9 @@ class MixerSpec(Choice, role="mixer"):
         The backward pass costs twice as much.
         """
         raise TypeError(f"{type(self).__name__} does not define flops_per_token")
+
+
+def dividing(number: int, near: int) -> str:
+    """For messages: the divisors of `number` that come nearest to `near`."""
+    choices = sorted((d for d in range(1, number + 1) if number % d == 0), key=lambda d: abs(d - near))[:3]
+    return "nearest that do: " + ", ".join(str(choice) for choice in sorted(choices))
