@@ -178,7 +178,7 @@ class Named:
 
     def write(self, layers: Layers, config: Config) -> None:
         for name, meaning in self.meanings.items():
-            if all(layers.get(path) == ours for path, ours in meaning.items()):
+            if all(layers.get(path) in (ours, ABSENT) for path, ours in meaning.items()):
                 config[self.name] = name
                 return
         path = next(iter(self.meanings[self.default]))

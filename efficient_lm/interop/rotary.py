@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from efficient_lm.errors import ConfigError, nearest
-from efficient_lm.interop.keys import Config, Draft, Inexpressible, Layers
+from efficient_lm.interop.keys import ABSENT, Config, Draft, Inexpressible, Layers
 
 SCALINGS = ("default", "linear", "llama3", "yarn")
 _NEEDED = {"linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor"), "yarn": ()}
@@ -20,12 +20,21 @@ class Rotary:
         fraction_key: where it keeps the share of each head that turns; None if the family turns whole heads.
         fraction: the default share.
         theta: the default base.
+        scope: the kind of layer that turns, where not all do.
+        scalable: whether the family reads any `rope_type` but the default.
     """
 
     theta_key: str = "rope_theta"
     fraction_key: str | None = None
     fraction: float = 1.0
     theta: float = 10000.0
+    scope: str = "block"
+    scalable: bool = True
+
+    @property
+    def path(self) -> str:
+        """Where the spec says it."""
+        return f"{self.scope}.mixer.position"
 
     def read(self, config: Config, draft: Draft) -> None:
         # As transformers 5 does: `rope_scaling` comes first, and what it leaves open is taken from beside it.
@@ -35,10 +44,16 @@ class Rotary:
         parameters = {"rope_theta": config.get(self.theta_key, self.theta), **stated}
         if self.fraction_key:
             parameters = {"partial_rotary_factor": config.get(self.fraction_key, self.fraction), **parameters}
-        draft.put("block.mixer.position", position(parameters, config, partial=self.fraction_key is not None))
+        spec = position(parameters, config, partial=self.fraction_key is not None)
+        if "scaling" in spec and not self.scalable:
+            raise ConfigError(f"rope_parameters.rope_type: '{spec['scaling']['kind']}' is not supported; default is")
+        draft.put(self.path, spec)
 
     def write(self, layers: Layers, config: Config) -> None:
-        parameters = published(layers.get("block.mixer.position"))
+        spec = layers.get(self.path)
+        if spec is ABSENT:
+            return
+        parameters = published(spec)
         if self.fraction_key:
             config[self.fraction_key] = parameters["partial_rotary_factor"]
         else:

@@ -35,13 +35,15 @@ PRE_NORMS: tuple[Tensor, ...] = (
 )
 
 
-def shape(vocab: int, width: int, heads: int, kv_heads: int | None, hidden: int) -> tuple[Binding, ...]:
-    """Sizes that all relatives name alike, with the defaults of a family."""
+def shape(
+    vocab: int, width: int, heads: int, kv_heads: int | None, hidden: int, scope: str = "block"
+) -> tuple[Binding, ...]:
+    """Sizes that all relatives name alike, with the defaults of a family; `scope` is the kind of layer that attends."""
     return (
         key("vocab_size", "vocab_size", default=vocab),
         key("hidden_size", "width", default=width),
-        key("num_attention_heads", "block.mixer.heads", default=heads),
-        key("num_key_value_heads", "block.mixer.kv_heads", default=kv_heads),
+        key("num_attention_heads", f"{scope}.mixer.heads", default=heads),
+        key("num_key_value_heads", f"{scope}.mixer.kv_heads", default=kv_heads),
         key("intermediate_size", "block.ffn.hidden", default=hidden),
     )
 
