@@ -14,11 +14,11 @@ import numpy as np
 
 from efficient_lm.models.parameters import Declaration
 
-Layout = Literal["torch", "conv1d", "depthwise", "vector", "same"]
+Layout = Literal["torch", "conv1d", "depthwise", "vector", "by_head", "same"]
 """How a parameter is stored.
 
 ``torch``: ``[out, in]`` as torch's Linear; ``conv1d``: ``[in, out]``; ``depthwise``: ``[channels, 1, taps]`` of ours
-``[taps, *channels]``; ``vector``: flattened to one axis; ``same``: as ours is.
+``[taps, *channels]``; ``vector``: flattened to one axis; ``by_head``: ``[1, 1, heads, 1]``; ``same``: as ours is.
 """
 
 
@@ -36,7 +36,7 @@ class Source:
 
     def view(self, array: np.ndarray, declared: Declaration, layout: Layout) -> np.ndarray:
         """The array in the published layout; never a copy."""
-        inputs = len(declared.matrix[0]) if declared.matrix else 0
+        inputs = len(declared.matrix[0]) if declared.matrix else int(layout == "depthwise")
         if self.pick is not None:
             array = array[(slice(None),) * inputs + (self.pick,)]
         if layout == "same":
@@ -45,6 +45,8 @@ class Source:
             return array.reshape(array.shape[0], -1, copy=False).T[:, None]
         if layout == "vector":
             return array.reshape(-1, copy=False)
+        if layout == "by_head":
+            return array.reshape(1, 1, -1, 1, copy=False)
         flat = array.reshape(math.prod(array.shape[:inputs]), -1, copy=False)
         return flat.T if layout == "torch" else flat
 
@@ -99,16 +101,21 @@ class Rows:
 
 
 class InterleavedByHead:
-    """For each head, its rows of the first parameter, then of the second, and so on."""
+    """For each head, its rows of the first parameter, then of the second, and so on; `axis` counts the heads."""
+
+    def __init__(self, axis: str = "heads"):
+        self.axis = axis
 
     def shape(self, parts: Sequence[np.ndarray], declared: Declaration) -> tuple[int, ...]:
         return (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
 
     def split(self, tensor: np.ndarray, parts: Sequence[np.ndarray], declared: Declaration) -> Iterator[np.ndarray]:
-        heads = declared.shape[declared.axes.index("heads")]
-        grouped = tensor.reshape(heads, len(parts), -1, *tensor.shape[1:], copy=False)
-        for index in range(len(parts)):
-            yield grouped[:, index]
+        heads, start = declared.shape[declared.axes.index(self.axis)], 0
+        grouped = tensor.reshape(heads, -1, *tensor.shape[1:], copy=False)
+        for part in parts:
+            rows = part.shape[0] // heads
+            yield grouped[:, start : start + rows]
+            start += rows
 
 
 @dataclass(frozen=True)
@@ -121,6 +128,9 @@ class Tensor:
         layout: of each of them.
         join: how they make one.
         aliases: other names it is published under.
+        pieces: names of the tensors that hold its rows, where it is published in several; one for each source. Where
+            one ends and the next begins is free.
+        by: path of the parameter whose axes the join counts; the first source if empty.
     """
 
     name: str
@@ -128,10 +138,13 @@ class Tensor:
     layout: Layout
     join: Join = WHOLE
     aliases: tuple[str, ...] = ()
+    pieces: tuple[str, ...] = ()
+    by: str = ""
 
     def prefixed(self, prefix: str) -> "Tensor":
         """The same with a prefix to its names."""
-        return replace(self, name=prefix + self.name, aliases=tuple(prefix + alias for alias in self.aliases))
+        aliases, pieces = (tuple(prefix + name for name in names) for names in (self.aliases, self.pieces))
+        return replace(self, name=prefix + self.name, aliases=aliases, pieces=pieces)
 
     def views(self, arrays: Sequence[np.ndarray], declared: Sequence[Declaration]) -> list[np.ndarray]:
         """Each source in the published layout."""
@@ -141,10 +154,10 @@ class Tensor:
         ]
 
     def pairs(
-        self, tensor: np.ndarray, views: Sequence[np.ndarray], declared: Sequence[Declaration]
+        self, tensor: np.ndarray, views: Sequence[np.ndarray], declared: Declaration
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """(view of ours, view of `tensor`) of equal shape, which together cover the tensor."""
-        for ours, theirs in zip(views, self.join.split(tensor, views, declared[0]), strict=True):
+        for ours, theirs in zip(views, self.join.split(tensor, views, declared), strict=True):
             yield ours.reshape(theirs.shape, copy=False), theirs
 
 
@@ -170,6 +183,14 @@ def norm(theirs: str, ours: str) -> tuple[Tensor, Tensor]:
         Tensor(f"{theirs}.weight", (Source(f"{ours}.scale"),), "vector"),
         Tensor(f"{theirs}.bias", (Source(f"{ours}.bias"),), "vector"),
     )
+
+
+def renamed(tensors: Sequence[Tensor], *names: tuple[str, str]) -> tuple[Tensor, ...]:
+    """The same tensors, each also published under a name in which one part is another: pairs (part, other part)."""
+    return tuple(
+        replace(tensor, aliases=(*tensor.aliases, *(tensor.name.replace(*pair) for pair in names)))
+        for tensor in tensors
+    )  # fmt: skip
 
 
 def table(theirs: str, ours: str, layout: Layout = "same", aliases: Sequence[str] = ()) -> tuple[Tensor]:

@@ -23,14 +23,14 @@ from efficient_lm.errors import CheckpointError, ConfigError, ResourceError, is_
 from efficient_lm.interop.families import FAMILIES
 from efficient_lm.interop.families.base import Family, essence
 from efficient_lm.interop.keys import Config, Inexpressible
-from efficient_lm.interop.state import Names, cast_exactly, parameter_paths, published, read_parameters
+from efficient_lm.interop.state import Names, cast_exactly, parameter_paths, piece_rows, published, read_parameters
 from efficient_lm.interop.tensors import DTYPES, SafetensorsFolder, TensorSource, write_safetensors
 from efficient_lm.models.language_model import ModelSpec
 from efficient_lm.models.parameters import Parameters
 
 log = logging.getLogger(__name__)
 
-CONFIG, GENERATION, ELEMENTS = "config.json", "generation_config.json", "dtypes.json"
+CONFIG, GENERATION, ELEMENTS, ROWS = "config.json", "generation_config.json", "dtypes.json", "rows.json"
 HEADROOM = 1.05
 """Free disk space asked for before a folder is written, as a multiple of the bytes of its tensors."""
 
@@ -43,16 +43,19 @@ class Origin:
         config: config.json.
         dtypes: element type of each tensor.
         files: name and content of other small files.
+        rows: of each tensor that is a piece of another, and could have been cut elsewhere.
     """
 
     config: Config
     dtypes: Mapping[str, str] = field(default_factory=dict)
     files: Mapping[str, bytes] = field(default_factory=dict)
+    rows: Mapping[str, int] = field(default_factory=dict)
 
     def save(self, folder: Path) -> None:
         """Write what `load` reads."""
         folder.mkdir(parents=True, exist_ok=True)
         documents = {CONFIG: _json(self.config), ELEMENTS: _json(dict(self.dtypes)), **self.files}
+        documents |= {ROWS: _json(dict(self.rows))} if self.rows else {}
         for name, content in documents.items():
             (folder / name).write_bytes(content)
 
@@ -61,8 +64,9 @@ class Origin:
         """What `save` wrote; None where there is nothing. Raises `CheckpointError` for damaged files."""
         if not folder.is_dir():
             return None
-        others = {f.name: f.read_bytes() for f in folder.iterdir() if f.name not in (CONFIG, ELEMENTS)}
-        return cls(read_json(folder / CONFIG), read_json(folder / ELEMENTS), others)
+        others = {f.name: f.read_bytes() for f in folder.iterdir() if f.name not in (CONFIG, ELEMENTS, ROWS)}
+        rows = read_json(folder / ROWS) if (folder / ROWS).is_file() else {}
+        return cls(read_json(folder / CONFIG), read_json(folder / ELEMENTS), others, rows)
 
 
 @dataclass(frozen=True)
@@ -114,7 +118,8 @@ def describe(
     with _located(where):
         spec = family.spec(config)
     spec, tensors = _tied_or_not(spec, family, tensors, where)
-    return Description(spec, family, tensors, Origin(config, dict(tensors.dtypes), dict(files)), where)
+    origin = Origin(config, dict(tensors.dtypes), dict(files), piece_rows(family, spec, tensors))
+    return Description(spec, family, tensors, origin, where)
 
 
 def family_of(config: Config, where: str) -> Family:
@@ -243,7 +248,8 @@ def write_folder(
     try:
         temporary.mkdir(parents=True)
         written = _Cast(origin, dtype)
-        write_safetensors(temporary, written.tensors(published(family, spec.build(), params)))
+        names, rows = (origin.dtypes, origin.rows) if origin else ({}, {})
+        write_safetensors(temporary, written.tensors(published(family, spec.build(), params, names, rows)))
         config |= {"dtype": written.dtype, "torch_dtype": written.dtype}
         files = {
             **(origin.files if origin else {}),

@@ -22,6 +22,7 @@ class Rotary:
         theta: the default base.
         scope: the kind of layer that turns, where not all do.
         scalable: whether the family reads any `rope_type` but the default.
+        optional: whether a base of null means that nothing turns.
     """
 
     theta_key: str = "rope_theta"
@@ -30,6 +31,7 @@ class Rotary:
     theta: float = 10000.0
     scope: str = "block"
     scalable: bool = True
+    optional: bool = False
 
     @property
     def path(self) -> str:
@@ -44,6 +46,9 @@ class Rotary:
         parameters = {"rope_theta": config.get(self.theta_key, self.theta), **stated}
         if self.fraction_key:
             parameters = {"partial_rotary_factor": config.get(self.fraction_key, self.fraction), **parameters}
+        if self.optional and parameters["rope_theta"] is None:
+            draft.put(self.path, {"kind": "none"})
+            return
         spec = position(parameters, config, partial=self.fraction_key is not None)
         if "scaling" in spec and not self.scalable:
             raise ConfigError(f"rope_parameters.rope_type: '{spec['scaling']['kind']}' is not supported; default is")
@@ -52,6 +57,9 @@ class Rotary:
     def write(self, layers: Layers, config: Config) -> None:
         spec = layers.get(self.path)
         if spec is ABSENT:
+            return
+        if self.optional and spec["kind"] == "none":
+            config |= {"rope_parameters": {"rope_type": "default", "rope_theta": None}, self.theta_key: None}
             return
         parameters = published(spec)
         if self.fraction_key:

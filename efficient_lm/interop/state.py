@@ -2,8 +2,9 @@
 
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -14,10 +15,13 @@ from efficient_lm.errors import CheckpointError, nearest
 from efficient_lm.interop.description import Tensor, Whole
 from efficient_lm.interop.families.base import Family
 from efficient_lm.interop.tensors import DTYPES, TensorSource
-from efficient_lm.models.language_model import LanguageModel
+from efficient_lm.models.language_model import LanguageModel, ModelSpec
 from efficient_lm.models.parameters import Declaration, Parameters, map_declarations, parameter_table
 
 log = logging.getLogger(__name__)
+
+Rows = Mapping[str, int]
+"""Name of a published tensor → its rows."""
 
 CHUNK_BYTES = 1 << 26
 """Read at a time; a tensor of several of our parameters is read whole."""
@@ -41,10 +45,11 @@ class _Place:
 
 @dataclass(frozen=True)
 class Entry:
-    """A published tensor of one model, and the parameters it is made of."""
+    """A published tensor of one model, the parameters it is made of, and the one whose axes its join counts."""
 
     tensor: Tensor
     places: tuple[_Place, ...]
+    by: Declaration
 
     def views(self, arrays: dict[str, np.ndarray]) -> list[np.ndarray]:
         return self.tensor.views([place.array(arrays) for place in self.places], self.declared)
@@ -52,6 +57,12 @@ class Entry:
     @property
     def declared(self) -> list[Declaration]:
         return [place.declared for place in self.places]
+
+    def shape(self, views: Sequence[np.ndarray]) -> tuple[int, ...]:
+        return self.tensor.join.shape(views, self.by)
+
+    def pairs(self, tensor: np.ndarray, views: Sequence[np.ndarray]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        return self.tensor.pairs(tensor, views, self.by)
 
 
 def entries(family: Family, model: LanguageModel) -> list[Entry]:
@@ -81,7 +92,11 @@ def entries(family: Family, model: LanguageModel) -> list[Entry]:
 
 def _entries(tensors: Sequence[Tensor], places: dict[str, _Place]) -> list[Entry]:
     return [
-        Entry(tensor, tuple(places[source.path] for source in tensor.sources))
+        Entry(
+            tensor,
+            tuple(places[source.path] for source in tensor.sources),
+            places[tensor.by or tensor.sources[0].path].declared,
+        )
         for tensor in tensors
         if all(source.path in places for source in tensor.sources)
     ]
@@ -116,14 +131,16 @@ class Names:
         candidates = (tensor.name, *tensor.aliases)
         return next((n for c in candidates if (n := c.removeprefix(self._strip)) in self._source.shapes), None)
 
-    def take(self, tensor: Tensor) -> str:
-        """`find`, of a tensor that must be there. Raises `CheckpointError`."""
-        name = self.find(tensor)
-        if name is None:
-            missing = tensor.name.removeprefix(self._strip)
-            raise CheckpointError(f"{self._where}: no tensor '{missing}'; {nearest(missing, sorted(self._left))}")
-        self._left.discard(name)
-        return name
+    def take(self, tensor: Tensor) -> list[str]:
+        """The names of a tensor that must be there: one, or one for each piece. Raises `CheckpointError`."""
+        wanted = tensor.pieces or (tensor.name,)
+        found = [piece.removeprefix(self._strip) for piece in tensor.pieces] or [self.find(tensor)]
+        for name, there in zip(wanted, found, strict=True):
+            if there not in self._source.shapes:
+                missing = name.removeprefix(self._strip)
+                raise CheckpointError(f"{self._where}: no tensor '{missing}'; {nearest(missing, sorted(self._left))}")
+            self._left.discard(there)
+        return found
 
     def drop(self, name: str) -> None:
         """A tensor that is known to be superfluous."""
@@ -141,31 +158,70 @@ class Names:
                 )
 
 
-def _read(entry: Entry, arrays: dict[str, np.ndarray], source: TensorSource, name: str, where: str) -> None:
+def _read(entry: Entry, arrays: dict[str, np.ndarray], source: TensorSource, names: list[str], where: str) -> None:
     views = entry.views(arrays)
-    wanted, found = entry.tensor.join.shape(views, entry.declared[0]), tuple(source.shapes[name])
-    if found != wanted:
-        raise CheckpointError(f"{where}: '{name}' has the shape {list(found)}, and config.json makes it {list(wanted)}")
+    wanted, shapes = entry.shape(views), [tuple(source.shapes[name]) for name in names]
+    found = (sum(shape[0] for shape in shapes), *shapes[0][1:]) if len(shapes) > 1 else shapes[0]
+    if found != wanted or any(shape[1:] != wanted[1:] for shape in shapes):
+        raise CheckpointError(
+            f"{where}: '{', '.join(names)}' has the shape {list(found)}, and config.json makes it {list(wanted)}"
+        )
     if isinstance(entry.tensor.join, Whole):
         rows = max(1, CHUNK_BYTES // max(views[0][:1].nbytes, 1))
         for start in range(0, wanted[0], rows):
             stop = min(start + rows, wanted[0])
-            views[0][start:stop] = source.read(name, start, stop)
+            views[0][start:stop] = source.read(names[0], start, stop)
         return
-    tensor = source.read(name)
-    for ours, theirs in entry.tensor.pairs(tensor, views, entry.declared):
+    tensors = [source.read(name) for name in names]
+    tensor = tensors[0] if len(tensors) == 1 else np.concatenate(tensors)
+    for ours, theirs in entry.pairs(tensor, views):
         ours[...] = theirs
 
 
-def published(family: Family, model: LanguageModel, params: Parameters) -> Iterator[tuple[str, np.ndarray]]:
-    """Name and float32 array of every tensor, one at a time; works for gradients as well."""
+def published(
+    family: Family,
+    model: LanguageModel,
+    params: Parameters,
+    names: Collection[str] = (),
+    rows: Rows = MappingProxyType({}),
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Name and float32 array of every tensor, one at a time; works for gradients as well.
+
+    Args:
+        names: of the tensors as they were read; where a tensor has several, the one it had is taken.
+        rows: of the pieces as they were read, from `piece_rows`; by default each source is a piece.
+    """
     arrays = {path: np.asarray(leaf) for path, leaf in parameter_paths(params).items()}
     for entry in entries(family, model):
         views = entry.views(arrays)
-        tensor = np.empty(entry.tensor.join.shape(views, entry.declared[0]), np.float32)
-        for ours, theirs in entry.tensor.pairs(tensor, views, entry.declared):
+        tensor = np.empty(entry.shape(views), np.float32)
+        for ours, theirs in entry.pairs(tensor, views):
             theirs[...] = ours
-        yield entry.tensor.name, tensor
+        if entry.tensor.pieces:
+            yield from _cut(entry.tensor.pieces, tensor, [view.shape[0] for view in views], rows)
+        else:
+            known = (name for name in (entry.tensor.name, *entry.tensor.aliases) if name in names)
+            yield next(known, entry.tensor.name), tensor
+
+
+def _cut(
+    names: Sequence[str], tensor: np.ndarray, lengths: Sequence[int], rows: Rows
+) -> Iterator[tuple[str, np.ndarray]]:
+    start, known = 0, [rows.get(name, 0) for name in names]
+    for name, length in zip(names, known if sum(known) == len(tensor) else lengths, strict=True):
+        yield name, tensor[start : start + length]
+        start += length
+
+
+def piece_rows(family: Family, spec: ModelSpec, source: TensorSource) -> dict[str, int]:
+    """Rows of the tensors that are pieces of another, by name."""
+    names = [
+        family.layer.format(number) + piece
+        for number, tensors in enumerate(family.tensors_by_layer(spec))
+        for tensor in tensors
+        for piece in tensor.pieces
+    ]
+    return {name: source.shapes[name][0] for name in names if name in source.shapes}
 
 
 def cast_exactly(tensor: np.ndarray, dtype: str) -> np.ndarray:

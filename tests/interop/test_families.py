@@ -1,6 +1,7 @@
 """Every family against the torch reference: logits, loss, every gradient norm, greedy tokens, and back to the bit."""
 
 import json
+import re
 from pathlib import Path
 
 import jax
@@ -20,8 +21,16 @@ from efficient_lm.objectives.causal_lm import CausalLMSpec
 GOLDENS = Path(__file__).parent.parent / "goldens"
 NAMES = [
     "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "olmo2", "gpt_neox", "gpt2", "diffllama", "mamba",
-    "falcon_mamba", "recurrent_gemma", "lfm2",
-]  # fmt: skip  # fmt: skip
+    "falcon_mamba", "recurrent_gemma", "lfm2", "olmo_hybrid",
+    "mamba2", "bamba",
+]  # fmt: skip
+# What the reference names otherwise when it saves than in its modules; three convolutions are one of its modules.
+MODULES = {
+    r"^embed_out\.": "lm_head.",
+    r"\.attention_layer_norm\.": ".input_layernorm.",
+    r"\.feedforward_layer_norm\.": ".post_attention_layernorm.",
+    r"\.[qkv]_conv1d\.": ".conv1d.",
+}
 
 
 class Golden:
@@ -57,12 +66,11 @@ def test_logits(golden):
 def test_loss_and_every_gradient_norm(golden):
     loss, gradients = jax.jit(jax.value_and_grad(golden.loss))(golden.model.params)
     np.testing.assert_allclose(loss, golden.arrays["loss"][0], rtol=1e-5)
-    # Written by the same description as parameters; the reference renames GPT-NeoX's head when it saves.
-    rename = {"embed_out.weight": "lm_head.weight"}
-    found = {
-        rename.get(name, name): np.linalg.norm(array)
-        for name, array in published(golden.family, golden.model.model, gradients)
-    }
+    found = {}
+    for name, array in published(golden.family, golden.model.model, gradients):
+        for pattern, module in MODULES.items():
+            name = re.sub(pattern, module, name)
+        found[name] = np.hypot(found.get(name, 0.0), np.linalg.norm(array))
     assert found.keys() == golden.norms.keys()
     for name, want in golden.norms.items():
         np.testing.assert_allclose(found[name], want, rtol=1e-3, err_msg=name)
