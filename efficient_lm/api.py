@@ -11,10 +11,12 @@ import numpy as np
 
 from efficient_lm.composition import compose
 from efficient_lm.config import RunConfig, read_config, save_config
-from efficient_lm.data.dataset import DataSpec
+from efficient_lm.data.base import DataSpec
 from efficient_lm.data.sources import FilesSource
 from efficient_lm.data.store import open_store
 from efficient_lm.data.tokenizers import Tokenizer, load_tokenizer
+from efficient_lm.errors import ConfigError
+from efficient_lm.evaluation.answers import evaluate_answers
 from efficient_lm.evaluation.bits_per_byte import make_scorer
 from efficient_lm.evaluation.text import evaluate_documents
 from efficient_lm.evaluation.windows import WindowSpec
@@ -153,18 +155,22 @@ class Model:
     def evaluate(
         self,
         data: DataSpec | Sequence[str] | None = None,
-        sequence_length: int | None = None,
+        sequence_length: int | Sequence[int] | None = None,
         batch_size: int | None = None,
         *,
         stride: int | None = None,
         begin: str = "document",
         limit: int | None = None,
     ) -> dict[str, Any]:
-        """Score held-out text: see `efficient_lm.evaluation.text.evaluate_documents` for what comes back.
+        """Score held-out text, or the answers to a synthetic task.
+
+        See `efficient_lm.evaluation.text.evaluate_documents` and `efficient_lm.evaluation.answers.evaluate_answers` for
+        what comes back.
 
         Args:
             data: data whose validation part is scored, or paths of text files; None takes what the run was trained on.
-            sequence_length: tokens per window; None takes that of training.
+            sequence_length: tokens per window, or per row of a task and then also several; None takes the task's
+                own, or that of training.
             batch_size: windows at a time; None takes what suits the device.
             stride, begin, limit: which windows; see `efficient_lm.evaluation.windows.WindowSpec`.
 
@@ -172,11 +178,23 @@ class Model:
             ConfigError: windows longer than the model's table of positions, or a stride longer than a window.
             DataError: a file that cannot be read, or no text.
         """
-        length = sequence_length or self.config.train.sequence_length
+        data = self.config.data if data is None else data
+        own = data.row_length if isinstance(data, DataSpec) else None
+        length = sequence_length or own or self.config.train.sequence_length
+        if isinstance(data, DataSpec) and not data.reads_text:
+            if stride is not None or begin != "document":
+                raise ConfigError("stride, begin: are for windows of text; the rows of a task are read whole")
+            lengths = [length] if isinstance(length, int) else length
+            seed = self.config.run.seed
+            return evaluate_answers(
+                self._scorer, self.model, self.params, data, self.tokenizer, seed, lengths, limit, batch_size
+            )
+        if not isinstance(length, int):
+            raise ConfigError(f"sequence_length: {len(length)} values are for a synthetic task; text takes one")
         spec = validate(WindowSpec, {"sequence_length": length, "stride": stride, "begin": begin, "limit": limit})
         self.model.check_length(length, "sequence_length")
-        if data is None or isinstance(data, DataSpec):
-            held_out = (data or self.config.data).open(self.tokenizer, length, self.config.run.seed).validation
+        if isinstance(data, DataSpec):
+            held_out = data.open(self.tokenizer, length, self.config.run.seed).validation
             store, documents = held_out.store, held_out.documents
         else:
             store = open_store(FilesSource(paths=tuple(data), any_extension=True), self.tokenizer)

@@ -149,6 +149,7 @@ def compose(
     for override in of_groups:
         _check_choice(override, roots)
     config, choices = _compose_groups(verb, [override.input_line for override in of_groups], roots)
+    _choose_no_tokenizer(config, choices, {override.key_or_group for override in of_groups}, roots.defaults(verb))
     source = _source(config, of_values)
     if source is not None:
         _begin_with(source, config, choices, {override.key_or_group for override in of_groups}, roots.defaults(verb))
@@ -186,6 +187,16 @@ def _begin_with(
         del found["model"]
     for section, values in found.items():
         config[section] = OmegaConf.create(values, flags={"allow_objects": False})
+
+
+def _choose_no_tokenizer(
+    config: DictConfig, choices: dict[str, str | None], said: set[str], defaults: dict[str, str | None]
+) -> None:
+    """Data that is made of token ids has no tokenizer, unless somebody chose one."""
+    kind, default = OmegaConf.select(config, "data.kind", default="text"), defaults.get("tokenizer")
+    if kind != "text" and default is not None and "tokenizer" not in said and choices.get("tokenizer") == default:
+        config["tokenizer"] = {"kind": "none"}
+        choices["tokenizer"] = "none"
 
 
 def _mentioned(config: DictConfig) -> set[str]:

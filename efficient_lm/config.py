@@ -6,9 +6,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+import efficient_lm.data.dataset  # noqa: F401  (the kind `text` registers itself)
+import efficient_lm.data.synthetic  # noqa: F401  (every kind of the folder registers itself)
 import efficient_lm.objectives  # noqa: F401  (every kind of the folder registers itself)
 from efficient_lm.composition import compose, read_yaml, to_yaml
-from efficient_lm.data.dataset import DataSpec
+from efficient_lm.data.base import AnyData
 from efficient_lm.data.tokenizers import TokenizerSpec
 from efficient_lm.errors import CheckpointError, ConfigError
 from efficient_lm.evaluation.windows import WindowSpec
@@ -26,6 +28,9 @@ from efficient_lm.training.trackers import TrackerSpec
 from efficient_lm.validation import validate
 
 load_plugins()
+
+SEQUENCE_LENGTH = 256
+"""Tokens per sequence where neither the config nor the data says."""
 
 Name = Annotated[str, Field(min_length=1)]
 
@@ -50,7 +55,7 @@ class TrainSpec(Spec):
     Attributes:
         steps: optimizer steps.
         batch_size: sequences per optimizer step, over all devices.
-        sequence_length: tokens per sequence.
+        sequence_length: tokens per sequence; None takes the length of the data's rows, or 256 where the data has none.
         accumulate: micro-batches that a batch is cut into, one after the other.
         clip_norm: bound of the gradient's global norm; None does not clip.
         max_nonfinite: steps in a row whose loss or gradient is no number before the run stops.
@@ -59,11 +64,12 @@ class TrainSpec(Spec):
         evaluate_rows: of the validation data, while training; None takes all. At the end it is always all.
         keep_checkpoints: newest ones kept.
         minutes: of wall time after which this session saves and stops; None has no limit.
+        stop_at_accuracy: validation accuracy that ends the run, for data with answers; None runs to the end.
     """
 
     steps: Count
     batch_size: Count = 32
-    sequence_length: Count = 256
+    sequence_length: Count | None = None
     accumulate: Count = 1
     clip_norm: Positive | None = 1.0
     max_nonfinite: Count = 20
@@ -73,6 +79,7 @@ class TrainSpec(Spec):
     checkpoint_every: Count = 200
     keep_checkpoints: Count = 3
     minutes: Positive | None = None
+    stop_at_accuracy: Annotated[Fraction, Field(gt=0)] | None = None
 
     @model_validator(mode="after")
     def _divides(self) -> "TrainSpec":
@@ -95,7 +102,7 @@ class RunConfig(Spec):
 
     model: ModelSpec
     objective: OneOf[ObjectiveSpec]
-    data: DataSpec
+    data: AnyData
     tokenizer: OneOf[TokenizerSpec]
     optimizer: OneOf[OptimizerSpec]
     schedule: OneOf[ScheduleSpec]
@@ -109,9 +116,20 @@ class RunConfig(Spec):
     @model_validator(mode="after")
     def _fits(self) -> "RunConfig":
         self.schedule.spans(self.train.steps)
+        if self.train.stop_at_accuracy is not None and self.data.reads_text:
+            raise ConfigError("train.stop_at_accuracy: text has no answers to count; choose a synthetic task, or null")
+        if self.train.stop_at_accuracy is not None and self.train.evaluate_every is None:
+            raise ConfigError("train.stop_at_accuracy: nothing looks at the accuracy; set train.evaluate_every")
         if self.objective.causal:
             self.model.check_causal(f"objective '{self.objective.kind}' predicts")
-        return self
+        return self._with_sequence_length()
+
+    def _with_sequence_length(self) -> "RunConfig":
+        given, rows = self.train.sequence_length, self.data.row_length
+        if None not in (given, rows) and given != rows:
+            raise ConfigError(f"train.sequence_length: {given}, but data.length={rows} decides; leave it out")
+        train = self.train.model_copy(update={"sequence_length": given or rows or SEQUENCE_LENGTH})
+        return self if given is not None else self.model_copy(update={"train": train})
 
 
 class EvaluateConfig(Spec):
@@ -121,7 +139,8 @@ class EvaluateConfig(Spec):
         checkpoint: a run directory, one of its checkpoints, or a published model.
         data: whose validation part is read; None takes what the run was trained on.
         text: a file, or files, to read instead.
-        sequence_length: tokens per window; None takes the one of training.
+        sequence_length: tokens per window, or per row of a synthetic task, and of a task also several; None takes the
+            data's own, or the one of training.
         stride, begin: how windows follow each other and what stands in front (see `evaluation.windows.WindowSpec`).
         limit: at most so many windows, and so many examples of each task; None takes all.
         batch_size: windows or requests at a time; None takes what suits the device.
@@ -131,9 +150,9 @@ class EvaluateConfig(Spec):
     """
 
     checkpoint: Name
-    data: DataSpec | None = None
+    data: AnyData | None = None
     text: Name | Annotated[Listing[Name], Field(min_length=1)] | None = None
-    sequence_length: Count | None = None
+    sequence_length: Count | Annotated[Listing[Count], Field(min_length=1)] | None = None
     stride: Count | None = None
     begin: Literal["document", "none"] = "document"
     limit: Count | None = None
@@ -148,7 +167,7 @@ class EvaluateConfig(Spec):
             raise ConfigError("text: data is given too; leave one of them out")
         if self.fewshot is not None and self.tasks is None:
             raise ConfigError("fewshot: examples are for tasks, and none is given; add tasks=, or leave it out")
-        if self.sequence_length is not None:
+        if isinstance(self.sequence_length, int):
             WindowSpec(sequence_length=self.sequence_length, stride=self.stride, begin=self.begin)
         return self
 

@@ -12,16 +12,17 @@ if TYPE_CHECKING:
     from efficient_lm.config import EvaluateConfig
 
 ROOT = "evaluate"
-SUMMARY = "Measures a model's bits per byte on held-out data or any text, and runs lm-eval tasks."
+SUMMARY = "Measures bits per byte on text, accuracy on synthetic tasks, and runs lm-eval tasks."
 HELP = """
 Main keys
   checkpoint=        a run directory (its newest checkpoint), runs/NAME/checkpoints/STEP, a Hugging Face folder, a GGUF
   text=              a file, or [several]: .txt, .jsonl (also .gz, .xz, .zst), .parquet
-  data= data.KEY=    other data, of which the validation part is read; without either, the run's own
-  sequence_length=   tokens per window; by default as in training
+  data=              other data, of which the validation part is read; without either, the run's own
+  data.KEY=          the run's own data with another value
+  sequence_length=   tokens per window; by default as in training. Of a synthetic task also [several], for a table
   stride=            less than sequence_length: windows overlap, and only their new tokens are scored
   begin=             document: a begin token in front, every token and each end scored; none: the bare text
-  limit=             at most so many windows, and so many examples of each task
+  limit=             at most so many windows or rows, and so many examples of each task
   tasks=             of lm-eval: names, YAML files or folders; without text and data, they alone are run
   fewshot=           worked examples before each question
   batch_size=        windows or requests at a time; by default what suits the device
@@ -30,6 +31,7 @@ Main keys
 Examples
   efficient-lm evaluate checkpoint=runs/quickstart
   efficient-lm evaluate checkpoint=runs/quickstart text=[speech.txt,letters.jsonl.gz] stride=64 output=scores.json
+  efficient-lm evaluate checkpoint=runs/recall sequence_length=[64,256,1024] data.pairs=16
   efficient-lm evaluate checkpoint=smollm2/ tasks=[arc_easy,tasks/mine.yaml] limit=200
 """
 
@@ -40,7 +42,9 @@ def run(overrides: Sequence[str], options: Options) -> None:
     from efficient_lm.config import EvaluateConfig
     from efficient_lm.validation import validate
 
-    config = validate(EvaluateConfig, compose(ROOT, overrides, options.config_dirs).values)
+    values = compose(ROOT, overrides, options.config_dirs).values
+    changes = _changes(values)
+    config = validate(EvaluateConfig, values)
     if config.output is not None:
         _check_output(Path(config.output))
     if config.tasks is not None:
@@ -51,6 +55,8 @@ def run(overrides: Sequence[str], options: Options) -> None:
     from efficient_lm.training.reporting import write_json_atomically
 
     model = load(config.checkpoint)
+    if changes:
+        config = config.model_copy(update={"data": model.config.data.changed(changes)})
     results = evaluate(model, config)
     if config.output is not None:
         write_json_atomically(config.output, results)
@@ -59,17 +65,20 @@ def run(overrides: Sequence[str], options: Options) -> None:
 
 def evaluate(model: "Model", config: "EvaluateConfig") -> dict[str, Any]:
     """Evaluate, print tables, and return what `output` keeps."""
-    from efficient_lm.evaluation.report import task_report, text_report
+    from efficient_lm.evaluation.report import answers_report, task_report, text_report
 
-    results: dict[str, Any] = {"checkpoint": config.checkpoint, "step": model.step, "text": None, "tasks": None}
+    results: dict[str, Any] = {"checkpoint": config.checkpoint, "step": model.step}
+    results |= {"text": None, "answers": None, "tasks": None}
     print(f"{config.checkpoint}, step {model.step}")
     if config.tasks is None or config.text is not None or config.data is not None:
         paths = (config.text,) if isinstance(config.text, str) else config.text
-        results["text"] = model.evaluate(
+        scores = model.evaluate(
             paths or config.data, config.sequence_length, config.batch_size,
             stride=config.stride, begin=config.begin, limit=config.limit,
         )  # fmt: skip
-        print(text_report(results["text"]))
+        reads_text = paths is not None or (config.data or model.config.data).reads_text
+        results["text" if reads_text else "answers"] = scores
+        print((text_report if reads_text else answers_report)(scores))
     if config.tasks is not None:
         from efficient_lm.evaluation.lm_eval import run_tasks
 
@@ -80,6 +89,17 @@ def evaluate(model: "Model", config: "EvaluateConfig") -> dict[str, Any]:
         )  # fmt: skip
         print(task_report(results["tasks"]))
     return results
+
+
+def _changes(values: dict[str, Any]) -> dict[str, Any]:
+    """What a command line says of the run's own data, taken out of the config's values."""
+    data = values.get("data")
+    if data is None or "kind" in data or "source" in data:
+        return {}
+    if values.get("text") is not None:
+        raise ConfigError("text: data is given too; leave one of them out")
+    values["data"] = None
+    return data
 
 
 def _check_output(path: Path) -> None:

@@ -45,6 +45,8 @@ def run(overrides: Sequence[str], flags: Options) -> None:
         texts = model.generate(prompts, *options)
         print("\n\n".join(prompt + text for prompt, text in zip(prompts, texts, strict=True)))
         return
+    # Before anything is printed: it says so if there is no tokenizer.
+    model.tokenizer.encode("")
     print(prompts[0], end="", flush=True)
     for piece in model.stream_text(prompts[0], *options):
         print(piece, end="", flush=True)

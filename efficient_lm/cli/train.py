@@ -19,6 +19,7 @@ Main keys
 Examples
   efficient-lm train experiment=quickstart
   efficient-lm train experiment=quickstart run.name=wide model.width=384 mixer.heads=6
+  efficient-lm train data=multi_query_recall data.pairs=16 mixer=attention
   efficient-lm train data=files data.source.paths=[my/*.txt] tokenizer=bytes precision=bfloat16
 """
 
@@ -31,12 +32,14 @@ def run(overrides: Sequence[str], options: Options) -> int:
     from efficient_lm.config import load_run_config
     from efficient_lm.training.loop import train
 
-    summary = train(load_run_config(overrides, options.config_dirs))
+    config = load_run_config(overrides, options.config_dirs)
+    summary = train(config)
     print(_outcome(summary))
     stopped_by = summary.get("stopped_by")
     if stopped_by is None:
-        print(_sample(summary["run"]))
-        print(_next_commands(summary["run"]))
+        if config.data.reads_text:
+            print(_sample(summary["run"]))
+        print(_next_commands(summary["run"], config.data.reads_text))
         return 0
     print(f"stopped by {stopped_by}; the same command goes on from step {summary['step']}")
     return 128 + signal.Signals[stopped_by] if stopped_by in signal.Signals.__members__ else 0
@@ -44,8 +47,9 @@ def run(overrides: Sequence[str], options: Options) -> int:
 
 def _outcome(summary: dict[str, Any]) -> str:
     minutes, seconds = divmod(round(summary["seconds"]), 60)
-    bits = summary.get("val_bits_per_byte")
+    bits, accuracy = summary.get("val_bits_per_byte"), summary.get("val_accuracy")
     held_out = f"; {bits:.3f} bits per byte on held-out text" if bits is not None else ""
+    held_out += f"; {accuracy:.1%} of the answers right" if accuracy is not None else ""
     return (
         f"\n{summary['step']:,} steps, {summary['tokens']:,} tokens, {summary['parameters'] / 1e6:.2f} M parameters, "
         f"{minutes} min {seconds} s{held_out}\nrun: {summary['run']} (plots/loss.png, metrics.jsonl, summary.json)"
@@ -59,7 +63,9 @@ def _sample(run: str) -> str:
     return f"\n{SAMPLE_PROMPT} ▸{text}\n"
 
 
-def _next_commands(run: str) -> str:
+def _next_commands(run: str, reads_text: bool) -> str:
+    if not reads_text:
+        return f"next:\n  efficient-lm evaluate checkpoint={run} sequence_length=[64,256,1024]"
     return "\n".join(
         [
             "next:",

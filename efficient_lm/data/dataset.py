@@ -1,41 +1,17 @@
-"""The loader: batches of packed rows whose order is a pure function of (seed, step).
+"""Text as training data: documents in rows, a part of them held out."""
 
-Row ``step * batch_size + b`` of the endless sequence of epochs is row b of the batch of that step, whatever the number
-of processes and threads. Grain maps, prefetches and keeps the position; it is imported only when batches are asked for,
-because that takes seconds.
-"""
-
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Literal
 
 import numpy as np
 
+from efficient_lm.data.base import ENDLESS, BatchIterator, Data, DataSpec, iterate, share
 from efficient_lm.data.packing import PACKINGS, Batch, Packing, SplitPacking, pack
 from efficient_lm.data.sources import SourceSpec
 from efficient_lm.data.store import TokenStore, open_store
 from efficient_lm.data.tokenizers import Tokenizer
-from efficient_lm.errors import ConfigError, DataError
-from efficient_lm.spec import Count, Natural, OneOf, Spec
-
-ENDLESS = 1 << 60
-
-
-class BatchIterator(Protocol):
-    """An iterator over batches whose position can be kept."""
-
-    def __iter__(self) -> "BatchIterator": ...
-
-    def __next__(self) -> Batch: ...
-
-    def get_state(self) -> dict[str, Any]:
-        """The position, as a small JSON-able dict: what comes next is what was not yet returned."""
-
-    def set_state(self, state: dict[str, Any]) -> None:
-        """Continue from a position."""
-
-    def close(self) -> None:
-        """Stop the threads that prepare batches ahead."""
+from efficient_lm.errors import DataError
+from efficient_lm.spec import Count, Natural, OneOf
 
 
 @dataclass(frozen=True)
@@ -51,12 +27,13 @@ class Part:
         return {"documents": len(self.documents), "tokens": int(tokens.sum()), "bytes": int(size.sum())}
 
 
-class DataSpec(Spec):
-    """What is trained and validated on, and how documents become rows.
+class TextDataSpec(DataSpec):
+    """Documents, and how they become rows.
 
     Without a `validation` source, the last of every `holdout_every` documents of `source` is held out.
     """
 
+    kind: Literal["text"] = "text"
     source: OneOf[SourceSpec]
     validation: OneOf[SourceSpec] | None = None
     holdout_every: Count | None = 20
@@ -64,7 +41,7 @@ class DataSpec(Spec):
     shuffle: bool = True
     threads: Natural = 1
 
-    def open(self, tokenizer: Tokenizer, sequence_length: int, seed: int) -> "Data":
+    def open(self, tokenizer: Tokenizer, sequence_length: int, seed: int) -> "TextData":
         """Read and encode everything, or take it from the cache. Raises `DataError`."""
         if self.validation is not None:
             _refuse_overlap(self.source, self.validation)
@@ -80,13 +57,15 @@ class DataSpec(Spec):
         if not len(train.documents):
             held = f" besides the {len(store)} held out by holdout_every" if len(store) else ""
             raise DataError(f"the {self.source.kind} source has no document to train on{held}")
-        return Data(self, train, validation, sequence_length, seed)
+        return TextData(self, train, validation, sequence_length, seed)
 
 
-class Data:
-    """Opened data: batches for training, batches for validation."""
+class TextData(Data):
+    """Documents of a store in rows."""
 
-    def __init__(self, spec: DataSpec, train: Part, validation: Part, sequence_length: int, seed: int):
+    figures = ("loss", "bits_per_byte")
+
+    def __init__(self, spec: TextDataSpec, train: Part, validation: Part, sequence_length: int, seed: int):
         self._spec, self._train, self._validation = spec, train, validation
         self._length = sequence_length
         order = seed if spec.shuffle else None
@@ -103,54 +82,36 @@ class Data:
         return self._validation
 
     @property
+    def has_validation(self) -> bool:
+        return len(self._validation.documents) > 0
+
+    @property
     def rows_per_epoch(self) -> int:
         return self._packing.rows
 
     def train_batches(
         self, batch_size: int, start_step: int = 0, process_index: int = 0, process_count: int = 1
     ) -> BatchIterator:
-        """Endless batches of packed rows, from `start_step` on (see `pack` for the arrays).
-
-        Args:
-            batch_size: rows of the whole batch; this process gets its contiguous ``batch_size / process_count``.
-            start_step: step of the first batch.
-            process_index: which part of each batch.
-            process_count: how many parts.
-
-        Raises:
-            ConfigError: processes that do not divide the batch.
-        """
-        share = _share(batch_size, process_index, process_count)
+        part = share(batch_size, process_index, process_count)
 
         def batch(step: int) -> Batch:
-            places = (divmod(step * batch_size + index, self._packing.rows) for index in share)
+            places = (divmod(step * batch_size + index, self._packing.rows) for index in part)
             rows = [self._packing.fragments(epoch, row) for epoch, row in places]
             return pack(self._train.store, rows, self._length)
 
-        iterator = _iterate(batch, ENDLESS, self._spec.threads)
+        iterator = iterate(batch, ENDLESS, self._spec.threads)
         iterator.set_state({"next_index": start_step})
         return iterator
 
     def validation_batches(
         self, batch_size: int, limit_rows: int | None = None, process_index: int = 0, process_count: int = 1
     ) -> BatchIterator:
-        """One pass over the validation documents in order, packed by `split`; the last batch is filled up with padding.
-
-        Args:
-            batch_size: rows of the whole batch, of which this process gets its part.
-            limit_rows: at most so many rows, spread evenly over the documents.
-            process_index: which part of each batch.
-            process_count: how many parts.
-
-        Raises:
-            DataError: there is no validation document.
-            ConfigError: processes that do not divide the batch.
-        """
+        """See `Data`: the documents in order, packed by `split`; a limit takes rows spread evenly over them."""
         return _ordered(
             self.validation,
             self._length,
             batch_size,
-            _share(batch_size, process_index, process_count),
+            share(batch_size, process_index, process_count),
             limit_rows,
             self._spec.threads,
         )
@@ -163,32 +124,18 @@ class Data:
 
 
 def _ordered(
-    part: Part, sequence_length: int, batch_size: int, share: range, limit_rows: int | None, threads: int
+    part: Part, sequence_length: int, batch_size: int, rows: range, limit_rows: int | None, threads: int
 ) -> BatchIterator:
     packing = SplitPacking(part.store, part.documents, sequence_length, None)
     count = packing.rows if limit_rows is None else min(limit_rows, packing.rows)
     chosen = np.arange(count) * packing.rows // max(count, 1)
 
     def batch(step: int) -> Batch:
-        numbers = [step * batch_size + index for index in share]
-        rows = [packing.fragments(0, int(chosen[n])) if n < count else [] for n in numbers]
-        return pack(part.store, rows, sequence_length)
+        numbers = [step * batch_size + index for index in rows]
+        fragments = [packing.fragments(0, int(chosen[n])) if n < count else [] for n in numbers]
+        return pack(part.store, fragments, sequence_length)
 
-    return _iterate(batch, -(-count // batch_size), threads)
-
-
-def _iterate(batch: Callable[[int], Batch], steps: int, threads: int) -> Any:
-    import grain
-
-    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
-    return iter(grain.MapDataset.range(steps).map(batch).to_iter_dataset(options))
-
-
-def _share(batch_size: int, process_index: int, process_count: int) -> range:
-    if batch_size % process_count:
-        raise ConfigError(f"a batch of {batch_size} rows cannot be divided among {process_count} processes")
-    rows = batch_size // process_count
-    return range(process_index * rows, (process_index + 1) * rows)
+    return iterate(batch, -(-count // batch_size), threads)
 
 
 def _refuse_overlap(train: SourceSpec, validation: SourceSpec) -> None:

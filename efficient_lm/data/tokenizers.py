@@ -299,7 +299,8 @@ class AbsentTokenizer(Tokenizer):
     @staticmethod
     def _fault() -> DataError:
         return DataError(
-            f"this model came without a tokenizer and takes token ids alone: put a {TOKENIZER_FILE} into its folder"
+            "this model came without a tokenizer and takes token ids, not text: what was trained on a synthetic task "
+            f"is measured by `efficient-lm evaluate`; a published model wants a {TOKENIZER_FILE} in its folder"
         )
 
 

@@ -1,4 +1,4 @@
-"""Bits per byte: cross entropy per UTF-8 byte of the text, comparable across tokenizers."""
+"""Cross entropy per token and per UTF-8 byte of the text (comparable across tokenizers), and accuracy."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -13,23 +13,30 @@ from efficient_lm.models.language_model import LanguageModel
 from efficient_lm.models.parameters import Parameters
 
 Batches = Iterable[dict[str, np.ndarray]]
-Sums = tuple[np.ndarray, np.ndarray]
+Sums = tuple[np.ndarray, ...]
 
 
 def make_scorer(
     model: LanguageModel, dtype: jax.typing.DTypeLike = jnp.float32
-) -> Callable[[Parameters, dict[str, Any]], tuple[jax.Array, jax.Array]]:
-    """A jitted ``(params, batch) -> (cross entropy sums in nats, token counts)``.
+) -> Callable[[Parameters, dict[str, Any]], tuple[jax.Array, ...]]:
+    """A jitted ``(params, batch) -> sums``: cross entropy in nats, targets, targets that were the likeliest; and rows
+    with a target, rows whose targets all were the likeliest.
 
-    Both are float32 ``[time]``, by the target's position in its window; weighted targets alone count. With `chosen`
-    (see `token_losses`), `targets`, `weights` and `target_positions` are those of the chosen places.
+    The first three are float32 ``[time]``, by the target's position in its window; the others float32 ``[1]``. Weighted
+    targets alone count. With `chosen` (see `token_losses`), `targets`, `weights` and `target_positions` are those of
+    the chosen places, and no rows are counted.
     """
 
-    def score(params: Parameters, batch: dict[str, Any]) -> tuple[jax.Array, jax.Array]:
-        nats = jnp.where(batch["weights"] > 0, token_losses(model, params, batch, dtype).losses, 0)
+    def score(params: Parameters, batch: dict[str, Any]) -> tuple[jax.Array, ...]:
+        weights, scores = batch["weights"], token_losses(model, params, batch, dtype)
+        counted = weights > 0
         positions = batch.get("target_positions", batch["positions"])
         zeros = jnp.zeros(batch["tokens"].shape[1], jnp.float32)
-        return zeros.at[positions].add(nats * batch["weights"]), zeros.at[positions].add(batch["weights"])
+        by_position = (jnp.where(counted, scores.losses, 0) * weights, weights, scores.likeliest * weights)
+        rows = jnp.any(counted, axis=-1, keepdims=True) & jnp.array("chosen" not in batch)
+        solved = rows & jnp.all(scores.likeliest | ~counted, axis=-1, keepdims=True)
+        sums = tuple(zeros.at[positions].add(values) for values in by_position)
+        return *sums, *(jnp.sum(values, dtype=jnp.float32)[None] for values in (rows, solved))
 
     return jax.jit(score)
 
@@ -45,17 +52,19 @@ def evaluate(
         place: puts a batch on the devices.
 
     Returns:
-        `loss` (nats per token), `perplexity` per token, `bits_per_byte`, `tokens` and `bytes` of what has a weight;
-        and `loss_by_context`: a list of the mean loss of tokens by how many tokens the model had read in their window
+        `loss` (nats per token), `perplexity` per token, `bits_per_byte`, `accuracy` (targets that were the likeliest),
+        `sequence_accuracy` (rows of which all were), `tokens` and `bytes` of what has a weight, `rows` with any; and
+        `loss_by_context`: a list of the mean loss of tokens by how many tokens the model had read in their window
         when it predicted them, in buckets of powers of two (`first`, `last`, `tokens`, `loss`).
     """
-    nats, tokens, size = np.zeros(0), np.zeros(0), 0.0
+    totals: Sums = (np.zeros(0),) * 5
+    size = 0.0
 
-    def add(sums: tuple[jax.Array, jax.Array] | None) -> None:
-        nonlocal nats, tokens
+    def add(sums: tuple[jax.Array, ...] | None) -> None:
+        nonlocal totals
         if sums is not None:
             # float64 on the host: a sum over millions of tokens keeps its digits.
-            nats, tokens = (_longer(total, np.asarray(part)) for total, part in zip((nats, tokens), sums, strict=True))
+            totals = tuple(_longer(total, np.asarray(part)) for total, part in zip(totals, sums, strict=True))
 
     waiting = None
     for batch in batches:
@@ -65,13 +74,18 @@ def evaluate(
         add(waiting)
         waiting = sums
     add(waiting)
-    loss = nats.sum() / max(tokens.sum(), 1)
+    nats, tokens, *_ = totals
+    _, count, right, rows, solved = (float(total.sum()) for total in totals)
+    loss = nats.sum() / max(count, 1)
     return {
         "loss": float(loss),
         "perplexity": math.exp(min(loss, 700.0)) if math.isfinite(loss) else float(loss),
         "bits_per_byte": float(nats.sum() / math.log(2) / max(size, 1)),
-        "tokens": int(tokens.sum()),
+        "accuracy": right / max(count, 1),
+        "sequence_accuracy": solved / max(rows, 1),
+        "tokens": int(count),
         "bytes": int(round(size)),
+        "rows": int(rows),
         "loss_by_context": list(_by_context(nats, tokens)),
     }
 

@@ -20,6 +20,19 @@ def text_report(scores: dict[str, Any]) -> str:
     return "\n".join([*lines, "", *_table(("tokens read", "loss", "tokens"), curve)])
 
 
+def answers_report(scores: dict[str, Any]) -> str:
+    """What `evaluate_answers` returned, a row per length."""
+    data = scores["data"]
+    options = ", ".join(f"{name} {value}" for name, value in data.items() if name not in ("kind", "length", "threads"))
+    rows = [
+        (f"{row['length']:,}", f"{row['accuracy']:.4f}", f"{row['sequence_accuracy']:.4f}", f"{row['loss']:.4f}",
+         f"{row['answers']:,}", f"{row['rows']:,}")
+        for row in scores["lengths"]
+    ]  # fmt: skip
+    head = ("length", "accuracy", "whole rows", "loss", "answers", "rows")
+    return "\n".join([*textwrap.wrap(f"{data['kind']}: {options}", WIDTH), *_table(head, rows, left=0)])
+
+
 def task_report(tasks: dict[str, dict[str, Any]]) -> str:
     """What `run_tasks` returned, a row per metric."""
     rows = []

@@ -54,6 +54,8 @@ def evaluate_documents(
         raise DataError("there is no token to score: the documents are empty, or of one token with begin=none")
     limits = batch_limits(batch_size, spec.sequence_length)
     scores = evaluate(scorer, params, window_batches(windows, store, *limits, spec.sequence_length))
+    # A window is no sequence of its own: whether all of it was right says nothing.
+    del scores["sequence_accuracy"], scores["rows"]
     part = "" if count == windows.total else f" Of {windows.total:,} windows the first {count:,} are scored."
     return {
         "scored": spec.describe() + part,

@@ -38,7 +38,7 @@ class CausalLMSpec(ObjectiveSpec):
             softcap=model.spec.logit_softcap,
             chunk=self.chunk,
         )
-        metrics = {"cross_entropy": sums.loss_sum}
+        metrics = {"cross_entropy": sums.loss_sum, "accuracy": sums.correct_sum}
         loss = sums.loss_sum
         if self.z_loss:
             loss = loss + self.z_loss * sums.z_loss_sum

@@ -31,13 +31,15 @@ class Progress:
 
     Attributes:
         step: optimizer steps done.
-        tokens: tokens that counted in the loss so far.
+        tokens: tokens of text that counted in the loss so far; of a synthetic task, of whole rows.
         seconds: wall time of training so far, over all sessions.
+        solved: whether the validation accuracy has reached `train.stop_at_accuracy`.
     """
 
     step: int = 0
     tokens: int = 0
     seconds: float = 0.0
+    solved: bool = False
     last_validation: dict[str, float] = field(default_factory=dict)
 
 
@@ -54,7 +56,7 @@ def train(config: RunConfig) -> dict[str, Any]:
         ResourceError: the disk is full; the newest good checkpoint stays.
     """
     setup = prepare(config)
-    config, steps = setup.config, setup.config.train.steps
+    config = setup.config
     with RunDirectory(config.run.dir) as run, Interruption() as interruption:
         checkpoints = Checkpoints(run.checkpoints, config.train.keep_checkpoints)
         state, progress = _resume_or_start(setup, run, checkpoints)
@@ -62,7 +64,7 @@ def train(config: RunConfig) -> dict[str, Any]:
         try:
             batches = setup.data.train_batches(config.train.batch_size, start_step=progress.step)
             waiting = None
-            while progress.step < steps and not interruption.signal and not session.out_of_time():
+            while not session.complete and not interruption.signal and not session.out_of_time():
                 state, metrics = setup.step(state, setup.layout.batch(_trained_on(next(batches))))
                 # Metrics are read one step late, so that the device is never idle while the host looks at them.
                 session.report(waiting)
@@ -81,7 +83,7 @@ def train(config: RunConfig) -> dict[str, Any]:
                     session.save(state)
             session.report(waiting)
             session.save(state)
-            if progress.step >= steps:
+            if session.complete:
                 session.validate(state)
             return session.finish(interruption.signal)
         except DivergedError:
@@ -117,8 +119,14 @@ def _resume_or_start(setup: Setup, run: RunDirectory, checkpoints: Checkpoints) 
         raise CheckpointError(f"{run.path}: was trained with another tokenizer; choose another run.name")
     log.warning("resuming %s from step %d", run.path, record["step"])
     return {"parameters": items["parameters"], **items["optimizer"]}, Progress(
-        record["step"], record["tokens"], record["seconds"]
+        record["step"], record["tokens"], record["seconds"], _still_solved(setup.config, record)
     )
+
+
+def _still_solved(config: RunConfig, record: dict[str, Any]) -> bool:
+    """Whether the accuracy that ended a run is still enough."""
+    wanted = config.train.stop_at_accuracy
+    return wanted is not None and record.get("solved_at_accuracy", 0.0) >= wanted
 
 
 def _begin(setup: Setup, run: RunDirectory) -> dict[str, Any]:
@@ -155,6 +163,11 @@ class _Session:
         self.began = self.logged_at = time.monotonic()
         self.seconds_before, self.logged_tokens = progress.seconds, progress.tokens
 
+    @property
+    def complete(self) -> bool:
+        """Whether every step is done, or the rest is not needed."""
+        return self.progress.solved or self.progress.step >= self.setup.config.train.steps
+
     def due(self, interval: int | None) -> bool:
         """Whether an interval ends with the step just done. The last step has its own evaluation and checkpoint."""
         step = self.progress.step
@@ -171,9 +184,10 @@ class _Session:
             return
         step, metrics = waiting
         values = {name: float(value) for name, value in metrics.items()}
-        self.progress.tokens += int(values.pop("weight"))
+        weight, train = int(values.pop("weight")), self.setup.config.train
+        reads_text = self.setup.config.data.reads_text
+        self.progress.tokens += weight if reads_text else train.batch_size * train.sequence_length
         bad = int(values.pop("nonfinite"))
-        train = self.setup.config.train
         if step % train.log_every == 0 or step in (1, train.steps) or bad:
             now = time.monotonic()
             speed = (self.progress.tokens - self.logged_tokens) / max(now - self.logged_at, 1e-9)
@@ -196,12 +210,14 @@ class _Session:
             )
 
     def validate(self, state: dict[str, Any], rows: int | None = None) -> None:
-        """Score held-out text, the first `rows` rows or all of it, and log the result."""
-        if not self.setup.data.summary()["validation_documents"]:
+        """Score what is held out, `rows` rows or all of it, and log the result."""
+        data, wanted = self.setup.data, self.setup.config.train.stop_at_accuracy
+        if not data.has_validation:
             return
-        batches = self.setup.data.validation_batches(self.setup.config.train.batch_size, limit_rows=rows)
+        batches = data.validation_batches(self.setup.config.train.batch_size, limit_rows=rows)
         scores = evaluate(self.setup.scorer, state["parameters"], batches, self.setup.layout.batch)
-        self.progress.last_validation = {f"val_{name}": scores[name] for name in ("loss", "bits_per_byte")}
+        self.progress.last_validation = {f"val_{name}": scores[name] for name in data.figures}
+        self.progress.solved = self.progress.solved or (wanted is not None and scores["accuracy"] >= wanted)
         self._write({"step": self.progress.step, "tokens": self.progress.tokens, **self.progress.last_validation})
         self.logged_at = time.monotonic()
 
@@ -215,6 +231,8 @@ class _Session:
             "seed": self.setup.config.run.seed,
             "tokenizer": self.setup.tokenizer.fingerprint,
         }
+        if self.progress.solved:
+            record["solved_at_accuracy"] = self.setup.config.train.stop_at_accuracy
         self.checkpoints.save(self.progress.step, {"parameters": state["parameters"], "optimizer": rest}, record)
 
     def finish(self, stopped_by: int) -> dict[str, Any]:
@@ -232,6 +250,8 @@ class _Session:
         }
         if stopped_by:
             summary["stopped_by"] = signal.Signals(stopped_by).name
+        elif self.progress.solved:
+            summary["solved_at"] = self.progress.step
         elif self.progress.step < config.train.steps:
             summary["stopped_by"] = "train.minutes"
         write_json_atomically(self.run.summary, summary)

@@ -173,7 +173,12 @@ def _bar(console: Any) -> Any:
 
 
 def _validation(row: dict[str, Any]) -> str:
-    names = {"val_loss": "loss", "val_bits_per_byte": "bits per byte"}
+    names = {
+        "val_loss": "loss",
+        "val_bits_per_byte": "bits per byte",
+        "val_accuracy": "accuracy",
+        "val_sequence_accuracy": "whole rows",
+    }
     return ", ".join(f"{shown} {row[name]:.4f}" for name, shown in names.items() if row.get(name) is not None)
 
 
@@ -215,6 +220,7 @@ def _plot_validation(axes: Any, rows: list[dict[str, Any]]) -> None:
     if not loss:
         return
     bits = _series(rows, "val_bits_per_byte")[1]
+    _plot_accuracy(axes, *_series(rows, "val_accuracy"))
     label = f"validation (at last {bits[-1]:.3f} bits per byte)" if bits else "validation"
     axes.plot(steps, loss, color="#dd8452", marker="o", markersize=4, linewidth=1.5, label=label)
     if bits:
@@ -222,6 +228,17 @@ def _plot_validation(axes: Any, rows: list[dict[str, Any]]) -> None:
         factor = bits[-1] / loss[-1]
         right = axes.secondary_yaxis("right", functions=(lambda y: y * factor, lambda y: y / factor))
         right.set_ylabel("validation bits per byte")
+
+
+def _plot_accuracy(axes: Any, steps: list[int], accuracy: list[float]) -> None:
+    """The accuracy of a synthetic task, on an axis of its own."""
+    if not accuracy:
+        return
+    right = axes.twinx()
+    right.spines["top"].set_visible(False)
+    right.set_ylim(0, 1.02)
+    right.set_ylabel("validation accuracy")
+    right.plot(steps, accuracy, color="#55a868", marker="s", markersize=3, linewidth=1.2)
 
 
 def _series(rows: list[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:

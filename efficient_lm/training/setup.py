@@ -10,7 +10,7 @@ import jax
 import optax
 
 from efficient_lm.config import RunConfig
-from efficient_lm.data.dataset import Data
+from efficient_lm.data.base import Data
 from efficient_lm.data.tokenizers import Tokenizer
 from efficient_lm.errors import ConfigError
 from efficient_lm.evaluation.bits_per_byte import make_scorer
@@ -70,14 +70,15 @@ class Setup:
 
 
 def with_vocabulary(config: RunConfig, tokenizer: Tokenizer) -> RunConfig:
-    """The config with `model.vocab_size` known. Raises `ConfigError` if it is smaller than the tokenizer's."""
-    size = config.model.vocab_size
-    if size is not None and size < tokenizer.vocab_size:
+    """The config with `model.vocab_size` known. Raises `ConfigError` if it is too small for the data or the tokenizer."""
+    size, needed = config.model.vocab_size, config.data.vocab_size or tokenizer.vocab_size
+    if size is not None and size < needed:
+        owner = "tokenizer" if config.data.vocab_size is None else "data"
         raise ConfigError(
-            f"model.vocab_size: {size} is smaller than the tokenizer's {tokenizer.vocab_size}; "
-            f"use null for the tokenizer's size, or at least {tokenizer.vocab_size}"
+            f"model.vocab_size: {size} is smaller than the {owner}'s {needed}; "
+            f"use null for the {owner}'s size, or at least {needed}"
         )
-    model = config.model.model_copy(update={"vocab_size": size or tokenizer.vocab_size})
+    model = config.model.model_copy(update={"vocab_size": size or needed})
     return config.model_copy(update={"model": model})
 
 

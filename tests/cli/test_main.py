@@ -61,8 +61,8 @@ def test_help_shows_groups_and_choices_of_a_user(capsys, tmp_path):
     (tmp_path / "mixer/mine.yaml").write_text("kind: attention\n")
     _, out, _ = run(capsys, "train", "--help", "--config-dir", str(tmp_path))
     assert re.search(r"mixer= +attention\*, .*mine", out)
-    assert re.search(r"tokenizer= +bytes, file, sotu_bpe\*", out) and re.search(r"experiment= +\w", out)
-    assert re.search(r"data= +files, sotu", run(capsys, "evaluate", "--help")[1])
+    assert re.search(r"tokenizer= +bytes, file, none, sotu_bpe\*", out) and re.search(r"experiment= +\w", out)
+    assert re.search(r"data= +compression, files, .*sotu", run(capsys, "evaluate", "--help")[1])
 
 
 def test_help_and_printing_a_config_import_no_jax():

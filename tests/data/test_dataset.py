@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import yaml
 
-from efficient_lm.data.dataset import DataSpec
+from efficient_lm.data.dataset import TextDataSpec
 from efficient_lm.data.sources import FilesSource, SotuSource
 from efficient_lm.data.tokenizers import BytesSpec, SotuBPESpec, TokenizerSpec
 from efficient_lm.errors import ConfigError, DataError
@@ -24,7 +24,7 @@ def source(tmp_path):
 
 
 def open_data(source, seed=3, **values):
-    return DataSpec(source=source, **values).open(TOKENIZER, LENGTH, seed)
+    return TextDataSpec(source=source, **values).open(TOKENIZER, LENGTH, seed)
 
 
 def take(iterator, count):
@@ -164,7 +164,7 @@ def test_processes_that_do_not_divide_the_batch(source):
 
 
 def test_embedded_corpus_with_its_tokenizer():
-    data = DataSpec(source=SotuSource()).open(SotuBPESpec().build(), 256, 0)
+    data = TextDataSpec(source=SotuSource()).open(SotuBPESpec().build(), 256, 0)
     summary = data.summary()
     assert (summary["train_documents"], summary["validation_documents"]) == (222, 11)
     assert summary["train_bytes"] + summary["validation_bytes"] == 10_761_202
@@ -179,10 +179,10 @@ def test_data_configs_are_specs(request, name):
     if name == "files":
         assert values["source"]["paths"] == "???"
         values["source"]["paths"] = ["a.txt"]
-    spec = DataSpec.model_validate(values)
+    spec = TextDataSpec.model_validate(values)
     assert spec.source.kind == name
-    assert DataSpec.model_validate(spec.dump()) == spec
-    assert set(values) == set(DataSpec.keys())
+    assert TextDataSpec.model_validate(spec.dump()) == spec
+    assert set(values) == set(TextDataSpec.keys())
 
 
 @pytest.mark.parametrize("name", ["bytes", "sotu_bpe", "file"])

@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from efficient_lm.api import from_hf
-from efficient_lm.data.dataset import Data, DataSpec, Part
+from efficient_lm.data.dataset import Part, TextData, TextDataSpec
 from efficient_lm.data.store import TokenStore, encode_texts
 from efficient_lm.errors import ConfigError, DataError
 from efficient_lm.evaluation.bits_per_byte import evaluate, make_scorer
@@ -70,7 +70,7 @@ def test_windows_by_hand(model, scorer, length, stride, begin):
 def test_by_default_it_is_what_training_validates_with(model, scorer):
     store = encode_texts(TEXTS, model.tokenizer)
     part = Part(store, np.arange(len(store)))
-    data = Data(DataSpec.model_validate({"source": {"kind": "sotu"}}), part, part, 32, 0)
+    data = TextData(TextDataSpec.model_validate({"source": {"kind": "sotu"}}), part, part, 32, 0)
     before = evaluate(scorer, model.params, data.validation_batches(4))
     spec = WindowSpec(sequence_length=32)
     after = evaluate_documents(scorer, model.params, store, np.arange(len(store)), spec, batch_size=3)

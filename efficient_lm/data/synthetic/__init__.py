@@ -1,0 +1,5 @@
+"""Synthetic tasks, with exact generators. Every file of this folder is imported."""
+
+from efficient_lm.spec import load_kinds
+
+load_kinds(__name__, __path__)
