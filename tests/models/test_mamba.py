@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.flatten_util import ravel_pytree
 
 from efficient_lm.models.context import Context
 from efficient_lm.models.mixers.mamba import MambaSpec
@@ -25,10 +26,13 @@ def blueprint_of(**options):
 
 def bold(blueprint):
     """Parameters moved so that each of them matters."""
-    leaves, tree = jax.tree.flatten(blueprint.init(jax.random.key(0)))
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    moved = [leaf + 0.2 * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys, strict=True)]
-    return jax.tree.unflatten(tree, moved)
+
+    @jax.jit
+    def make(key):
+        flat, unflatten = ravel_pytree(blueprint.init(key))
+        return unflatten(flat + 0.2 * jax.random.normal(jax.random.fold_in(key, 1), flat.shape))
+
+    return make(jax.random.key(0))
 
 
 def run(blueprint, params, x):
@@ -77,7 +81,7 @@ def test_equals_its_equations(name):
 
 
 def test_starts_as_published():
-    params = Blueprint(lambda: MambaSpec(expand=64).build(32, Initialization())).init(jax.random.key(0))
+    params = jax.jit(Blueprint(lambda: MambaSpec(expand=64).build(32, Initialization())).init)(jax.random.key(0))
     np.testing.assert_allclose(params["A_log"], np.log(np.broadcast_to(np.arange(1, 17), (2048, 16))), rtol=1e-6)
     assert np.all(np.asarray(params["D"]) == 1) and np.all(np.asarray(params["convolution"]["bias"]) == 0)
     step = np.log10(jax.nn.softplus(params["dt_bias"]))
@@ -123,7 +127,7 @@ def test_sizes_and_costs_by_hand():
     assert (spec.inner, spec.rank, spec.expand) == (200, 7, 2.0)
     projections = 2 * (100 * 400 + 4 * 200 + 200 * (7 + 32) + 7 * 200 + 200 * 100)
     assert spec.flops_per_token(100, 512) == projections + 7 * 200 * 16
-    module = blueprint_of()[1](bold(blueprint_of()[1]))
-    cache = module.init_cache(2, 10_000, jnp.bfloat16)
+    blueprint = blueprint_of()[1]
+    cache = jax.eval_shape(lambda: blueprint(blueprint.init(jax.random.key(0))).init_cache(2, 10_000, jnp.bfloat16))
     assert (cache["state"].shape, cache["state"].dtype) == ((2, 48, 5), jnp.float32)
     assert (cache["convolution"].shape, cache["convolution"].dtype) == ((2, 3, 48), jnp.bfloat16)

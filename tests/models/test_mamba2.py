@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.flatten_util import ravel_pytree
 
 from efficient_lm.errors import ConfigError
 from efficient_lm.models.context import Context
@@ -29,10 +30,13 @@ def blueprint_of(**options):
 
 def bold(blueprint):
     """Parameters moved so that each of them matters."""
-    leaves, tree = jax.tree.flatten(blueprint.init(jax.random.key(0)))
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    moved = [leaf + 0.2 * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys, strict=True)]
-    return jax.tree.unflatten(tree, moved)
+
+    @jax.jit
+    def make(key):
+        flat, unflatten = ravel_pytree(blueprint.init(key))
+        return unflatten(flat + 0.2 * jax.random.normal(jax.random.fold_in(key, 1), flat.shape))
+
+    return make(jax.random.key(0))
 
 
 def mapped(x, p):
@@ -87,7 +91,8 @@ def test_equals_its_equations(name):
 
 
 def test_starts_as_published():
-    params = Blueprint(lambda: Mamba2Spec(heads=2048, head_size=1).build(16, Initialization())).init(jax.random.key(0))
+    blueprint = Blueprint(lambda: Mamba2Spec(heads=2048, head_size=1).build(16, Initialization()))
+    params = jax.jit(blueprint.init)(jax.random.key(0))
     rates = np.exp(params["A_log"])
     assert 1 <= rates.min() < 1.1 and 15.9 < rates.max() <= 16.001 and np.mean(rates) == pytest.approx(8.5, abs=0.3)
     step = np.log10(jax.nn.softplus(params["dt_bias"]))
@@ -121,7 +126,7 @@ def test_sizes_and_costs_by_hand():
     want = 2 * 32 * (2 * 32 + 2 * 2 * 16 + 4) + 2 * 32 * 32 + 2 * 4 * (32 + 64) + 5 * 32 * 16
     assert spec.flops_per_token(32, 64) == want
     blueprint = Blueprint(lambda: spec.build(32, Initialization()))
-    cache = blueprint(blueprint.init(jax.random.key(0))).init_cache(3, 10_000, jnp.bfloat16)
+    cache = jax.eval_shape(lambda: blueprint(blueprint.init(jax.random.key(0))).init_cache(3, 10_000, jnp.bfloat16))
     shapes = {name: leaf.shape for name, leaf in cache.items()}
     assert shapes == {
         "state": (3, 4, 16, 8), "convolution": (3, 3, 4, 8), "input_output_convolution": (3, 3, 2, 2, 16),

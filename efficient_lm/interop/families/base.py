@@ -10,7 +10,9 @@ from efficient_lm.interop.keys import Binding, Config, Draft, Inexpressible, Lay
 from efficient_lm.models.language_model import ModelSpec
 from efficient_lm.validation import validate
 
-IGNORED_BY_OURS = ("remat", "remat_names", "scan", "init_std", "embedding_std", "implementation", "lambda_std")
+IGNORED_BY_OURS = (
+    "remat", "remat_names", "scan", "init_std", "embedding_std", "implementation", "chunk_size", "lambda_std",
+)  # fmt: skip
 """Values of a spec that do not change what a model with given parameters computes."""
 
 _ALWAYS = (

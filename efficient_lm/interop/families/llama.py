@@ -14,12 +14,19 @@ TENSORS: tuple[Tensor, ...] = (
     *norm("model.norm", "head.norm"),
     *table("lm_head.weight", "head.weight", "torch"),
 )
-ATTENTION: tuple[Tensor, ...] = (
-    *linear("self_attn.q_proj", "mixer.inner.query"),
-    *linear("self_attn.k_proj", "mixer.inner.key_value", 0),
-    *linear("self_attn.v_proj", "mixer.inner.key_value", 1),
-    *linear("self_attn.o_proj", "mixer.inner.output"),
-)
+
+
+def attention(theirs: str = "self_attn", ours: str = "mixer.inner") -> tuple[Tensor, ...]:
+    """The maps of an attention whose names begin with `theirs`."""
+    return (
+        *linear(f"{theirs}.q_proj", f"{ours}.query"),
+        *linear(f"{theirs}.k_proj", f"{ours}.key_value", 0),
+        *linear(f"{theirs}.v_proj", f"{ours}.key_value", 1),
+        *linear(f"{theirs}.o_proj", f"{ours}.output"),
+    )
+
+
+ATTENTION = attention()
 QK_NORM: tuple[Tensor, ...] = (
     *norm("self_attn.q_norm", "mixer.inner.query_norm"),
     *norm("self_attn.k_norm", "mixer.inner.key_norm"),
