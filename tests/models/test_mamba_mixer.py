@@ -56,5 +56,5 @@ def test_channels_of_one_token_see_each_other_and_no_other_token(built):
 
 def test_groups_that_do_not_divide_are_refused():
     blocks = {"layer": {"mixer": {"kind": "mamba_mixer", "group": 7}}}
-    with pytest.raises(ConfigError, match=r"mixer.group: 7 channels do not divide width 24; nearest that does: (6|8)"):
+    with pytest.raises(ConfigError, match=r"mixer.group: 7 channels do not divide width 24; nearest that do: "):
         ModelSpec.model_validate({"width": WIDTH, "vocab_size": 9, "blocks": blocks, "layout": ["layer"]})

@@ -10,7 +10,7 @@ from flax import nnx
 from efficient_lm.models.context import Context
 from efficient_lm.models.layers.gated_norm import GatedNorm
 from efficient_lm.models.layers.linear import Linear
-from efficient_lm.models.mixers.base import Cache, MixerSpec
+from efficient_lm.models.mixers.base import Cache, MixerSpec, dividing
 from efficient_lm.models.mixers.recurrent import TIME_STEP, Implementation, documents
 from efficient_lm.models.parameters import ONES, ZEROS, Initialization, Uniform, parameter
 from efficient_lm.spec import Count, Positive
@@ -55,8 +55,8 @@ class HydraSpec(MixerSpec):
     def faults(self, width: int) -> Iterator[tuple[str, str]]:
         inner = self.inner_size(width)
         if inner % self.head_size:
-            near = min((n for n in range(1, inner + 1) if inner % n == 0), key=lambda n: abs(n - self.head_size))
-            yield "head_size", f"{self.head_size} does not divide the {inner} inner values; nearest that does: {near}"
+            near = dividing(inner, self.head_size)
+            yield "head_size", f"{self.head_size} does not divide the {inner} inner values; {near}"
         if self.convolution % 2 == 0:
             yield "convolution", f"{self.convolution} taps have no middle one; {self.convolution + 1} have"
 

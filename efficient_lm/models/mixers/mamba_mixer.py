@@ -8,10 +8,14 @@ from flax import nnx
 
 from efficient_lm.models.context import Context
 from efficient_lm.models.layers.norms import NormSpec, RMSNormSpec
-from efficient_lm.models.mixers.base import Cache, MixerSpec
+from efficient_lm.models.mixers.base import Cache, MixerSpec, dividing
 from efficient_lm.models.mixers.mamba import MambaSpec
 from efficient_lm.models.parameters import ONES, Initialization, parameter
 from efficient_lm.spec import Count, OneOf
+
+
+USUAL_GROUP = 32
+"""Channels per step of the scan over channels, about."""
 
 
 class MambaMixerSpec(MixerSpec):
@@ -40,13 +44,13 @@ class MambaMixerSpec(MixerSpec):
 
     def group_size(self, width: int) -> int:
         """Channels per step in a model of this width."""
-        return self.group or _nearest_divisor(width, 32)
+        divisors = [number for number in range(1, width) if width % number == 0]
+        return self.group or min(divisors, key=lambda number: abs(number - USUAL_GROUP), default=1)
 
     def faults(self, width: int) -> Iterator[tuple[str, str]]:
         size = self.group_size(width)
         if width % size:
-            near = _nearest_divisor(width, size)
-            yield "group", f"{size} channels do not divide width {width}; nearest that does: {near}"
+            yield "group", f"{size} channels do not divide width {width}; {dividing(width, size)}"
         yield from ((f"token.{key}", message) for key, message in self.token.faults(width))
         yield from ((f"channel.{key}", message) for key, message in self.channel.faults(size))
 
@@ -62,10 +66,6 @@ class MambaMixerSpec(MixerSpec):
         size = self.group_size(width)
         steps = width // size
         return self.token.flops_per_token(width, context_length) + 2 * steps * self.channel.flops_per_token(size, steps)
-
-
-def _nearest_divisor(number: int, near: int) -> int:
-    return min((d for d in range(1, number) if number % d == 0), key=lambda d: abs(d - near), default=1)
 
 
 class MambaMixer(nnx.Module):
