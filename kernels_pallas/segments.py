@@ -1,5 +1,7 @@
 """Packed documents in recurrent operators: where a state starts from zero, and which tokens are padding."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -67,3 +69,30 @@ def starts(document: jax.Array | None) -> jax.Array | None:
     if document is None:
         return None
     return jnp.diff(document, axis=1, prepend=jnp.zeros_like(document[:, :1])) > 0
+
+
+class Marks(NamedTuple):
+    """The documents of a chunk [B, C], as `documents` numbers them, and that of the token before it [B]."""
+
+    document: jax.Array
+    before: jax.Array
+
+    def starts(self) -> jax.Array:
+        """Bool [B, C]: the token starts from a zero state."""
+        return self.document != jnp.concatenate([self.before[:, None], self.document[:, :-1]], axis=1)
+
+    def same(self) -> jax.Array:
+        """Bool [B, C, C]: both tokens are of one document."""
+        return self.document[:, :, None] == self.document[:, None, :]
+
+    def entered(self) -> jax.Array:
+        """Bool [B, C]: the state before the chunk reaches the token."""
+        return self.document == self.before[:, None]
+
+    def left(self) -> jax.Array:
+        """Bool [B, C]: the token reaches the state after the chunk."""
+        return self.document == self.document[:, -1:]
+
+    def survives(self) -> jax.Array:
+        """Bool [B]: the state before the chunk reaches the state after it."""
+        return self.document[:, -1] == self.before

@@ -12,7 +12,7 @@ from kernels_pallas.arguments import (
     state_dtype,
 )
 from kernels_pallas.dispatch import choose
-from kernels_pallas.linear_attention import reference
+from kernels_pallas.linear_attention import reference, xla
 from kernels_pallas.segments import check_segments, documents, silence
 
 
@@ -44,7 +44,7 @@ def linear_attention(
         initial_state: [B, H, K, V], zeros if None.
         chunk_size: tokens that are computed together, in chunked implementations; changes no value. None: one that
             ran fast.
-        implementation: "auto" or "reference" (token by token).
+        implementation: "auto", "xla" (in chunks) or "reference" (token by token).
 
     Returns:
         y [B, T, H, V] in v's dtype, and the state [B, H, K, V] after the last token, float32 (float64 for float64
@@ -62,12 +62,15 @@ def linear_attention(
     check_segments(op, segment_ids, batch, time)
     dtype = state_dtype(q, k, v, log_decay, initial_state)
     state = initial(op, initial_state, (batch, heads, k.shape[-1], v.shape[-1]), dtype)
-    choose(op, implementation, {"reference": []})
+    name = choose(op, implementation, {"xla": [], "reference": []})
     if log_decay is not None:
         log_decay = bounded_log_decay(log_decay, dtype)
         if log_decay.ndim == 1:
             log_decay = jnp.broadcast_to(log_decay, (batch, time, heads))
     document, live = documents(segment_ids)
     q, k, v, log_decay = silence(live, q, k, v, log_decay)
-    y, state = reference.linear_attention(q, k, v, log_decay, state, document)
+    if name == "xla":
+        y, state = xla.linear_attention(q, k, v, log_decay, state, document, chunk_size=chunk_size)
+    else:
+        y, state = reference.linear_attention(q, k, v, log_decay, state, document)
     return y.astype(v.dtype), state

@@ -12,7 +12,7 @@ from kernels_pallas.arguments import (
     state_dtype,
 )
 from kernels_pallas.dispatch import choose
-from kernels_pallas.linear_recurrence import reference
+from kernels_pallas.linear_recurrence import reference, xla
 from kernels_pallas.segments import check_segments, documents, silence
 
 
@@ -38,7 +38,7 @@ def linear_recurrence(
         initial_state: [B, D], zeros if None.
         chunk_size: tokens between states that are kept for the gradient, in chunked implementations; changes no
             value. None: one that ran fast.
-        implementation: "auto" or "reference" (token by token).
+        implementation: "auto", "xla" (in chunks) or "reference" (token by token).
 
     Returns:
         h [B, T, D] in x's dtype, and the state [B, D] after the last token, float32 (float64 for float64 inputs).
@@ -57,8 +57,11 @@ def linear_recurrence(
     check_segments(op, segment_ids, batch, time)
     dtype = state_dtype(log_a, x, initial_state)
     state = initial(op, initial_state, (batch, channels), dtype)
-    choose(op, implementation, {"reference": []})
+    name = choose(op, implementation, {"xla": [], "reference": []})
     document, live = documents(segment_ids)
     log_a, x = silence(live, bounded_log_decay(log_a, dtype), x)
-    h, state = reference.linear_recurrence(log_a, x, state, document)
+    if name == "xla":
+        h, state = xla.linear_recurrence(log_a, x, state, document, chunk_size=chunk_size)
+    else:
+        h, state = reference.linear_recurrence(log_a, x, state, document)
     return silence(live, h.astype(x.dtype))[0], state

@@ -5,7 +5,7 @@ import jax
 from kernels_pallas.arguments import check_chunk_size, check_rank, check_shape, check_sign, initial, state_dtype
 from kernels_pallas.dispatch import choose
 from kernels_pallas.segments import check_segments, documents, silence
-from kernels_pallas.selective_scan import reference
+from kernels_pallas.selective_scan import reference, xla
 
 
 def selective_scan(
@@ -32,7 +32,7 @@ def selective_scan(
         initial_state: [B, D, N], zeros if None.
         chunk_size: tokens between states that are kept for the gradient, in chunked implementations; changes no
             value. None: one that ran fast.
-        implementation: "auto" or "reference" (token by token).
+        implementation: "auto", "xla" (in chunks) or "reference" (token by token).
 
     Returns:
         y [B, T, D] in u's dtype, and the state [B, D, N] after the last token, float32 (float64 for float64 inputs).
@@ -57,10 +57,11 @@ def selective_scan(
     check_segments(op, segment_ids, batch, time)
     dtype = state_dtype(u, dt, A, B, C, D, initial_state)
     state = initial(op, initial_state, (batch, channels, states), dtype)
-    choose(op, implementation, {"reference": []})
+    name = choose(op, implementation, {"xla": [], "reference": []})
     document, live = documents(segment_ids)
     u, dt, B, C = silence(live, u, dt, B, C)
-    y, state = reference.selective_scan(u, dt, A, B, C, state, document)
-    if D is not None:
-        y = y + D.astype(dtype) * u.astype(dtype)
+    if name == "xla":
+        y, state = xla.selective_scan(u, dt, A, B, C, D, state, document, chunk_size=chunk_size)
+    else:
+        y, state = reference.selective_scan(u, dt, A, B, C, D, state, document)
     return y.astype(u.dtype), state

@@ -5,7 +5,7 @@ import jax
 from kernels_pallas.arguments import check_chunk_size, check_rank, check_shape, initial, state_dtype
 from kernels_pallas.dispatch import choose
 from kernels_pallas.segments import check_segments, documents, silence
-from kernels_pallas.short_convolution import reference
+from kernels_pallas.short_convolution import reference, xla
 
 
 def short_convolution(
@@ -27,7 +27,7 @@ def short_convolution(
             row continues `initial_state`.
         initial_state: [B, W - 1, D] inputs before the first, the newest last; zeros if None.
         chunk_size: accepted as by the other recurrent operators; the work is not cut along time.
-        implementation: "auto" or "reference" (token by token).
+        implementation: "auto", "xla" (tap by tap) or "reference" (token by token).
 
     Returns:
         y [B, T, D] in x's dtype, and the last W - 1 live inputs of the last document [B, W - 1, D], zeros where it
@@ -49,10 +49,9 @@ def short_convolution(
     check_segments(op, segment_ids, batch, time)
     dtype = state_dtype(x, w, bias, initial_state)
     state = initial(op, initial_state, (batch, taps - 1, channels), dtype)
-    choose(op, implementation, {"reference": []})
+    name = choose(op, implementation, {"xla": [], "reference": []})
     document, live = documents(segment_ids)
-    (inputs,) = silence(live, x.astype(dtype))
-    y, state = reference.short_convolution(inputs, w.astype(dtype), state, document, live)
-    if bias is not None:
-        y = y + bias.astype(dtype)
+    (x,) = silence(live, x)
+    run = xla.short_convolution if name == "xla" else reference.short_convolution
+    y, state = run(x, w, bias, state, document, live)
     return silence(live, y.astype(x.dtype))[0], state

@@ -6,16 +6,18 @@ import jax.numpy as jnp
 from kernels_pallas.tokens import scan_tokens
 
 
-def short_convolution(x, w, state, document, live):
-    """x [B,T,D], w [W,D], state [B,W-1,D], document int32 and live bool [B,T] or None -> y [B,T,D], state.
+def short_convolution(x, w, bias, state, document, live):
+    """x [B,T,D], w [W,D], bias [D] or None, state [B,W-1,D], document int32 and live bool [B,T] or None.
 
-    Everything is in the dtype of the state, which holds the last W - 1 live inputs of the document, the newest last.
+    Returns y [B,T,D] and the state: the last W - 1 live inputs of the document, the newest last.
     """
+    w, bias = (None if value is None else value.astype(state.dtype) for value in (w, bias))
 
     def step(state, token):
         x, live = token
-        seen = jnp.concatenate([state, x[:, None]], axis=1)
+        seen = jnp.concatenate([state, x[:, None].astype(state.dtype)], axis=1)
         y = jnp.einsum("bwd,wd->bd", seen, w, precision=jax.lax.Precision.HIGHEST)
-        return (seen[:, 1:] if live is None else jnp.where(live[:, None, None], seen[:, 1:], state)), y
+        after = seen[:, 1:] if live is None else jnp.where(live[:, None, None], seen[:, 1:], state)
+        return after, y if bias is None else y + bias
 
     return scan_tokens(step, state, document, (x, live))

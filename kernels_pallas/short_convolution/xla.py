@@ -1,0 +1,62 @@
+"""The short convolution in plain JAX for any backend: one shifted multiply-add per tap, its inputs kept alone."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+
+def short_convolution(x, w, bias, state, document, live):
+    """x [B,T,D], w [W,D], bias [D] or None, state [B,W-1,D], document int32 and live bool [B,T] or None.
+
+    Returns y [B,T,D] in x's dtype, not silenced at padding, and the state.
+    """
+    return _convolve(x, w, bias, state, document, live)
+
+
+def _taps(x, w, bias, state, document, live):
+    dtype, reach, time = state.dtype, w.shape[0] - 1, x.shape[1]
+    w = w.astype(dtype)
+    if live is not None:
+        order = jnp.argsort(~live, axis=1, stable=True)
+        scattered = jnp.any(live[:, 1:] & ~live[:, :-1])
+        x, document = _moved(scattered, x, order), jnp.take_along_axis(document, order, axis=1)
+        documents = jnp.pad(document, ((0, 0), (reach, 0)))
+    seen = jnp.concatenate([state, x.astype(dtype)], axis=1)
+    y = jnp.zeros((), dtype) if bias is None else bias.astype(dtype)
+    for tap in range(reach + 1):
+        values = seen[:, tap : tap + time]
+        if live is not None and tap < reach:
+            values = jnp.where((documents[:, tap : tap + time] == document)[..., None], values, 0)
+        y = y + w[tap] * values
+    y = y.astype(x.dtype)
+    if live is None:
+        return y, seen[:, time:]
+    last = jnp.sum(live, axis=1, dtype=jnp.int32)[:, None]
+    index = last + jnp.arange(reach, dtype=jnp.int32)
+    mine = jnp.take_along_axis(documents, index, axis=1) == jnp.max(document, axis=1, keepdims=True)
+    state = jnp.where(mine[..., None], jnp.take_along_axis(seen, index[..., None], axis=1), 0)
+    return _moved(scattered, y, jnp.argsort(order, axis=1)), state
+
+
+def _moved(needed, values, order):
+    """values [B,T,D] in the given order [B,T] of time, where that is needed at all."""
+    return jax.lax.cond(needed, lambda: jnp.take_along_axis(values, order[..., None], axis=1), lambda: values)
+
+
+@jax.custom_vjp
+def _convolve(x, w, bias, state, document, live):
+    return _taps(x, w, bias, state, document, live)
+
+
+def _forward(*inputs):
+    return _taps(*inputs), inputs
+
+
+def _backward(inputs, cotangents):
+    *values, document, live = inputs
+    run = functools.partial(_taps, document=document, live=live)
+    return *jax.vjp(run, *values)[1](cotangents), None, None
+
+
+_convolve.defvjp(_forward, _backward)
