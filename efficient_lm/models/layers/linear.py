@@ -63,3 +63,15 @@ class Linear(nnx.Module):
         weight = self.weight[...].astype(x.dtype).reshape(rows.shape[-1], -1)
         y = matmul(rows, weight).reshape(*lead, *self.output_shape)
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+
+class LowRank(nnx.Module):
+    """``W↑ W↓ x + b``, through `rank` values."""
+
+    def __init__(self, width: int, rank: int, outputs: Mapping[str, int], *, init: Initialization, bias: bool = False):
+        self.down = Linear({"embed": width}, {"rank": rank}, init=init)
+        self.up = Linear({"rank": rank}, outputs, init=init, bias=bias)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`x [..., width]` → `[..., *outputs]`, same dtype."""
+        return self.up(self.down(x))

@@ -1,6 +1,5 @@
 """Kimi delta attention: the delta rule with a decay per channel of the keys."""
 
-from collections.abc import Mapping
 from typing import Literal
 
 import jax
@@ -9,7 +8,7 @@ from flax import nnx
 
 from efficient_lm.models.context import Context
 from efficient_lm.models.layers.gated_norm import GatedNorm
-from efficient_lm.models.layers.linear import Linear
+from efficient_lm.models.layers.linear import LowRank
 from efficient_lm.models.mixers.delta_rule import DeltaRule, DeltaRuleSpec
 from efficient_lm.models.mixers.recurrent import TIME_STEP
 from efficient_lm.models.parameters import Initialization, Uniform, parameter
@@ -43,25 +42,13 @@ class KDASpec(DeltaRuleSpec):
         return super().flops_per_token(width, context_length) + own
 
 
-class LowRank(nnx.Module):
-    """``W↑ W↓ x``."""
-
-    def __init__(self, width: int, rank: int, outputs: Mapping[str, int], init: Initialization):
-        self.down = Linear({"embed": width}, {"rank": rank}, init=init)
-        self.up = Linear({"rank": rank}, outputs, init=init)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """`x [..., width]` → `[..., *outputs]`, same dtype."""
-        return self.up(self.down(x))
-
-
 class KDA(DeltaRule):
     def __init__(self, spec: KDASpec, width: int, init: Initialization):
         super().__init__(spec, width, init)
         heads, rank = {"heads": self.spec.heads}, self.spec.rank
         channels = {**heads, "state": self.spec.key_size}
-        self.decay = LowRank(width, rank, channels, init)
-        self.gate = LowRank(width, rank, self.values, init)
+        self.decay = LowRank(width, rank, channels, init=init)
+        self.gate = LowRank(width, rank, self.values, init=init)
         self.A_log = parameter(heads, Uniform(1.0, 16.0, jnp.log))
         self.dt_bias = parameter(channels, TIME_STEP)
         self.norm = GatedNorm(self.values, activation="sigmoid", epsilon=spec.epsilon, shared=True)
