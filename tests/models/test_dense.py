@@ -24,6 +24,7 @@ FUNCTIONS = {
 }  # fmt: skip
 FIXED = [("swiglu", {}, "silu"), ("reglu", {}, "relu"), ("geglu", {}, "gelu_tanh")]
 FIXED += [("geglu", {"approximate": False}, "gelu")]
+FIXED += [("swiglu", {"gate_multiplier": 0.5, "output_multiplier": 1.5}, "silu")]
 CASES = FIXED + [(kind, {"activation": name}, name) for kind in ("mlp", "glu") for name in FUNCTIONS]
 
 
@@ -38,8 +39,8 @@ def test_equals_its_formula(kind, options, activation):
         hidden = FUNCTIONS[activation](x @ params["up"]["weight"] + params["up"]["bias"])
     else:
         both = np.einsum("bte,egm->btgm", x, params["gate_up"]["weight"]) + params["gate_up"]["bias"]
-        hidden = FUNCTIONS[activation](both[..., 0, :]) * both[..., 1, :]
-    want = hidden @ params["down"]["weight"] + params["down"]["bias"]
+        hidden = FUNCTIONS[activation](spec.gate_multiplier * both[..., 0, :]) * both[..., 1, :]
+    want = spec.output_multiplier * (hidden @ params["down"]["weight"] + params["down"]["bias"])
     np.testing.assert_allclose(got, want, atol=1e-5 * np.abs(want).max())
     assert auxiliary == {}
     assert spec.flops_per_token(WIDTH) == 2 * sum(p["weight"].size for p in params.values())

@@ -21,12 +21,14 @@ class DenseSpec(FFNSpec):
         expansion: hidden units as a multiple of width.
         hidden: hidden units, instead of `expansion`.
         bias: whether the linear maps have biases.
+        output_multiplier: constant factor of the result.
     """
 
-    gated: ClassVar[bool]
+    gated: ClassVar[bool] = False
     expansion: PerLayer[Positive]
     hidden: PerLayer[Count | None] = None
     bias: bool = False
+    output_multiplier: Positive = 1.0
 
     def hidden_size(self, width: int) -> int:
         """Hidden units in a model of this width; an `expansion` is rounded to a multiple of 8."""
@@ -43,39 +45,40 @@ class DenseSpec(FFNSpec):
         return 2.0 * width * self.hidden_size(width) * (3 if self.gated else 2)
 
 
+class GatedSpec(DenseSpec):
+    """What the gated ones share besides; `gate_multiplier` is a constant factor of the gate before its activation."""
+
+    gated: ClassVar[bool] = True
+    expansion: PerLayer[Positive] = 8 / 3
+    gate_multiplier: Positive = 1.0
+
+
 class MLPSpec(DenseSpec):
     """``down(activation(up(x)))`` (Vaswani et al. 2017, eq. 2)."""
 
-    gated = False
     kind: Literal["mlp"] = "mlp"
     expansion: PerLayer[Positive] = 4.0
     activation: Activation = "gelu"
 
 
-class GLUSpec(DenseSpec):
+class GLUSpec(GatedSpec):
     """``down(activation(gate(x)) * up(x))`` (Dauphin et al. 2017; Shazeer 2020, eq. 5)."""
 
-    gated = True
     kind: Literal["glu"] = "glu"
-    expansion: PerLayer[Positive] = 8 / 3
     activation: Activation = "sigmoid"
 
 
-class SwiGLUSpec(DenseSpec):
+class SwiGLUSpec(GatedSpec):
     """``down(silu(gate(x)) * up(x))`` (Shazeer 2020, eq. 6)."""
 
-    gated = True
     activation: ClassVar[str] = "silu"
     kind: Literal["swiglu"] = "swiglu"
-    expansion: PerLayer[Positive] = 8 / 3
 
 
-class GeGLUSpec(DenseSpec):
+class GeGLUSpec(GatedSpec):
     """``down(gelu(gate(x)) * up(x))`` (Shazeer 2020, eq. 6); `approximate` takes the tanh form, as Gemma does."""
 
-    gated = True
     kind: Literal["geglu"] = "geglu"
-    expansion: PerLayer[Positive] = 8 / 3
     approximate: bool = True
 
     @property
@@ -84,21 +87,20 @@ class GeGLUSpec(DenseSpec):
         return "gelu_tanh" if self.approximate else "gelu"
 
 
-class ReGLUSpec(DenseSpec):
+class ReGLUSpec(GatedSpec):
     """``down(relu(gate(x)) * up(x))`` (Shazeer 2020, eq. 6)."""
 
-    gated = True
     activation: ClassVar[str] = "relu"
     kind: Literal["reglu"] = "reglu"
-    expansion: PerLayer[Positive] = 8 / 3
 
 
 class Dense(nnx.Module):
     def __init__(self, spec: DenseSpec, width: int, init: Initialization):
         hidden, embed = {"mlp": spec.hidden_size(width)}, {"embed": width}
         self.activation = ACTIVATIONS[spec.activation]
-        self.gated = spec.gated
+        self.gated, self.output_multiplier = spec.gated, spec.output_multiplier
         if spec.gated:
+            self.gate_multiplier = spec.gate_multiplier
             # One matmul for both halves: the input is read once.
             self.gate_up = Linear(embed, {"gate_up": 2, **hidden}, init=init, bias=spec.bias, batch=1)
         else:
@@ -109,7 +111,9 @@ class Dense(nnx.Module):
         """`x [batch, time, width]` → the same shape and dtype, and nothing auxiliary."""
         if self.gated:
             both = checkpoint_name(self.gate_up(x), "ffn_hidden")
-            hidden = self.activation(both[..., 0, :]) * both[..., 1, :]
+            gate = both[..., 0, :] if self.gate_multiplier == 1.0 else both[..., 0, :] * self.gate_multiplier
+            hidden = self.activation(gate) * both[..., 1, :]
         else:
             hidden = self.activation(checkpoint_name(self.up(x), "ffn_hidden"))
-        return self.down(hidden), {}
+        y = self.down(hidden)
+        return y if self.output_multiplier == 1.0 else y * self.output_multiplier, {}
