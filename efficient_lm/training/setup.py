@@ -70,7 +70,7 @@ class Setup:
 
 
 def with_vocabulary(config: RunConfig, tokenizer: Tokenizer) -> RunConfig:
-    """The config with `model.vocab_size` known. Raises `ConfigError` if it is too small for the data or the tokenizer."""
+    """The config with `model.vocab_size` known. Raises `ConfigError` if it is too small for data or tokenizer."""
     size, needed = config.model.vocab_size, config.data.vocab_size or tokenizer.vocab_size
     if size is not None and size < needed:
         owner = "tokenizer" if config.data.vocab_size is None else "data"
