@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 import pytest
+from jax.flatten_util import ravel_pytree
 
 from efficient_lm.models.context import Context
 from efficient_lm.models.parameters import Blueprint, Initialization
@@ -16,15 +17,13 @@ class BuiltMixer:
     Attributes:
         x: the row, float64 ``[time, width]``.
         y, log_decay: the mixer's, float32; None for one without a decay.
-        params: float64.
+        raw, params: the parameters, float32 and float64.
     """
 
-    def __init__(self, spec, layer=0, layers=1):
+    def __init__(self, spec, layer=0, layers=1, params=None):
         assert not list(spec.faults(WIDTH))
         self.spec, self.blueprint = spec.resolved(WIDTH), Blueprint(lambda: spec.build(WIDTH, Initialization()))
-        start = jax.jit(self.blueprint.init)(jax.random.key(0))
-        keys = iter(jax.random.split(jax.random.key(1), 32))
-        params = jax.tree.map(lambda leaf: leaf + 0.3 * jax.random.normal(next(keys), leaf.shape), start)
+        self.raw = self._drawn() if params is None else params
         x, rows = jax.random.normal(jax.random.key(2), (1, TIME, WIDTH)), Context.rows(1, TIME)
         context = Context(rows.positions, rows.segment_ids, packed=False, layer=layer, layers=layers)
 
@@ -34,9 +33,16 @@ class BuiltMixer:
             decay = module.log_decay(x, context)[0] if hasattr(module, "log_decay") else None
             return module(x, context)[0][0], decay
 
-        self.y, self.log_decay = run(params, x)
-        self.params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
+        self.y, self.log_decay = run(self.raw, x)
+        self.params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), self.raw)
         self.x = np.asarray(x[0], np.float64)
+
+    def _drawn(self):
+        def draw(key):
+            flat, unflatten = ravel_pytree(self.blueprint.init(key))
+            return unflatten(flat + 0.3 * jax.random.normal(jax.random.fold_in(key, 1), flat.shape))
+
+        return jax.jit(draw)(jax.random.key(0))
 
     def linear(self, name, x):
         """`x [time, in]` through the linear map of this name."""
@@ -58,7 +64,7 @@ class BuiltMixer:
 
 @pytest.fixture
 def build_mixer():
-    """``build_mixer(spec, layer=0, layers=1)`` → `BuiltMixer`."""
+    """``build_mixer(spec, layer=0, layers=1, params=None)`` → `BuiltMixer`."""
     return BuiltMixer
 
 
