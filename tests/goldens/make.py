@@ -64,6 +64,20 @@ FAMILIES = {
     ),
     "bamba": ("bamba", {**MAMBA2, "mamba_n_groups": 1, "attn_layer_indices": [1], "num_hidden_layers": 3}),
     "falcon_h1": ("falcon_h1", {**MAMBA2, "mamba_n_groups": 1, "mamba_d_ssm": 64}),
+    "jamba_dense": (
+        "jamba",
+        {
+            "num_hidden_layers": 4, "num_experts": 1, "attn_layer_period": 3, "attn_layer_offset": 1, "mamba_d_state": 8,
+            "mamba_dt_rank": 4,
+        },
+    ),
+    "nemotron_h_dense": (
+        "nemotron_h",
+        {
+            "layers_block_type": ["linear_attention", "full_attention", "linear_attention", "mlp"], "head_dim": 16,
+            "mamba_num_heads": 6, "mamba_head_dim": 8, "n_groups": 2, "ssm_state_size": 16, "chunk_size": 8,
+        },
+    ),
     "recurrent_gemma": (
         "recurrent_gemma",
         {"num_hidden_layers": 3, "num_key_value_heads": 1, "lru_width": 32, "attention_window_size": 16},

@@ -1,0 +1,95 @@
+"""Nemotron-H (NVIDIA 2025) without experts: Mamba-2, attention and MLP, each a layer by itself, in any order."""
+
+from efficient_lm.errors import ConfigError, nearest
+from efficient_lm.interop.description import linear, norm
+from efficient_lm.interop.families.base import Family
+from efficient_lm.interop.families.llama import MODEL, RMS, attention
+from efficient_lm.interop.families.mamba import TENSORS, convolved
+from efficient_lm.interop.families.mamba2 import duality
+from efficient_lm.interop.keys import ACTIVATIONS, Config, Inexpressible, Named, Only, Pattern, Spread, key
+
+KINDS = {"linear_attention": "recur", "mamba": "recur", "full_attention": "attend", "attention": "attend"}
+KINDS |= {"mlp": "feed"}
+"""Type of a layer → name of our block; transformers before 5 has the shorter names."""
+
+LETTERS = {"M": "linear_attention", "*": "full_attention", "-": "mlp", "E": "moe"}
+"""Letter of `hybrid_override_pattern` → type of a layer."""
+
+OLDER = ("n_groups", "d_conv", "expand", "dt_min", "dt_max", "dt_limit", "dt_init_floor", "conv_bias", "chunk_size")
+
+
+def _names(config: Config) -> list[str]:
+    name, types = "layers_block_type", config.get("layers_block_type")
+    if types is None:
+        name, letters = "hybrid_override_pattern", config.get("hybrid_override_pattern", "ME*-")
+        types = [LETTERS.get(letter, letter) for letter in letters]
+    for kind in types:
+        if kind == "moe":
+            raise ConfigError(f"{name}: has layers of experts, but mixture of experts is not supported")
+        if kind not in KINDS:
+            raise ConfigError(f"{name}: '{kind}' is not supported; {nearest(str(kind), KINDS)}")
+    return [KINDS[kind] for kind in types]
+
+
+def _keys(names: list[str]) -> Config:
+    theirs = {"recur": "linear_attention", "attend": "full_attention", "feed": "mlp"}
+    return {"layers_block_type": [theirs[name] for name in names]}
+
+
+def _least(limit: list[float | None]) -> float:
+    if limit[1] is not None:
+        raise Inexpressible("recur.mixer.dt_limit", limit)
+    return limit[0]
+
+
+FAMILY = Family(
+    model_type="nemotron_h",
+    architecture="NemotronHForCausalLM",
+    model=MODEL,
+    block={"norm": RMS},
+    kinds={
+        "recur": {"mixer": {"kind": "mamba2"}, "ffn": None},
+        "attend": {"mixer": {"kind": "attention", "position": {"kind": "none"}}, "ffn": None},
+        "feed": {"mixer": None, "ffn": {"kind": "mlp"}},
+    },
+    keys=(
+        Pattern(_names, _keys),
+        *(Only(f"mamba_{name}", (None,)) for name in OLDER),
+        key("vocab_size", "vocab_size", default=131072),
+        key("hidden_size", "width", default=4096),
+        key("num_attention_heads", "attend.mixer.heads", default=32),
+        key("num_key_value_heads", "attend.mixer.kv_heads", default=8),
+        key("head_dim", "attend.mixer.head_size", default=128),
+        key("intermediate_size", "feed.ffn.hidden", default=21504),
+        Named("mlp_hidden_act", {theirs: {"feed.ffn.activation": a} for theirs, a in ACTIVATIONS.items()}, "relu2"),
+        key("mlp_bias", "feed.ffn.bias", default=False),
+        key("mamba_num_heads", "recur.mixer.heads", default=128),
+        key("mamba_head_dim", "recur.mixer.head_size", default=64),
+        key("n_groups", "recur.mixer.groups", default=8),
+        key("ssm_state_size", "recur.mixer.state_size", default=128),
+        key("conv_kernel", "recur.mixer.convolution", default=4),
+        key("use_conv_bias", "recur.mixer.convolution_bias", default=True),
+        key("use_bias", "recur.mixer.bias", "recur.mixer.output_bias", default=False),
+        convolved("mamba_hidden_act", "recur.mixer.activation"),
+        # The reference takes its least step from here, and none of `time_step_limit`.
+        key("time_step_min", "recur.mixer.dt_limit", default=0.001, to=lambda least: [least, None], back=_least),
+        key("layer_norm_epsilon", "final_norm.epsilon", "block.norm.epsilon", "recur.mixer.norm_epsilon", default=1e-5),
+        # The reference has no weights to tie, whatever this says.
+        key("tie_word_embeddings", "tied", default=False, to=lambda tied: False),
+        Spread(),
+    ),
+    tensors=TENSORS,
+    layer_tensors={
+        "recur": (*norm("norm", "mixer.input_norm"), *duality("mixer")),
+        "attend": (*norm("norm", "mixer.input_norm"), *attention("mixer")),
+        "feed": (
+            *norm("norm", "ffn.input_norm"),
+            *linear("mixer.up_proj", "ffn.inner.up"),
+            *linear("mixer.down_proj", "ffn.inner.down"),
+        ),
+    },
+    layer="backbone.layers.{}.",
+    prefix="backbone.",
+    dropouts=("attention_dropout", "hidden_dropout"),
+    ignored=(r"^mtp\.",),
+)
