@@ -14,72 +14,74 @@ from kernels_pallas.linear_attention import reference
 
 def linear_attention(q, k, v, log_decay, state, document, *, chunk_size: int | None):
     """q, k [B,T,G,K], v [B,T,H,V], log_decay None, [B,T,H] or [B,T,H,K], state [B,H,K,V] -> y as v, state."""
-    (batch, time, groups, width), (heads, value_width) = q.shape, v.shape[2:]
-    repeats = heads // groups
-    if time == 1:
-        return reference.linear_attention(q, k, v, log_decay, state, document)
+    time = q.shape[1]
     size = min(chunk_size or 64, time)
     if log_decay is not None and log_decay.ndim == 4:
         size = -(-size // BLOCK) * BLOCK
         return scan_chunks(_PER_CHANNEL, size, state, document, (q, k, v, log_decay))
-    state = state.reshape(batch, groups, repeats, width, value_width).swapaxes(2, 3)
-    v = v.reshape(batch, time, groups, repeats, value_width)
-    y, state = scan_chunks(_PER_HEAD, size, state, document, (q, k, v, log_decay))
-    state = state.swapaxes(2, 3).reshape(batch, heads, width, value_width)
-    return y.reshape(batch, time, heads, value_width), state
+    return scan_chunks(_PER_HEAD, size, state, document, (q, k, v, log_decay))
 
 
-def _grouped(decays, groups):
-    """The decays with their heads [H] split in [G, R], each laid out like what it multiplies."""
-    pairs, entering, leaving, whole = decays
+def _head_major(state, log_decay, marks, *values):
+    """The values [B,C,G,...] or [B,C,H,...] as [B,G,C,...] or [B,G,R,C,...], and the decays likewise."""
+    (batch, chunk, groups, _), heads = values[0].shape, state.shape[1]
+    pairs, entering, leaving, whole = head_decays(log_decay, marks, chunk, state.dtype)
 
-    def split(value, axis):
-        heads = value.shape[axis]
-        shape = (1, 1) if heads == 1 and groups > 1 else (groups, heads // groups)
-        return value.reshape(*value.shape[:axis], *shape, *value.shape[axis + 1 :])
+    def split(value):
+        """[B,H,...] as [B,G,R,...]."""
+        several = value.shape[1] > 1
+        shape = (groups, heads // groups) if several else (1, 1)
+        return value.reshape(value.shape[0], *shape, *value.shape[2:])
 
-    return split(pairs, 1), split(entering, 2)[..., None], split(leaving, 2)[..., None], split(whole, 1)
+    values = [value.astype(state.dtype).swapaxes(1, 2) for value in values]
+    values = values[:2] + [value.reshape(batch, groups, -1, *value.shape[2:]) for value in values[2:]]
+    entering, leaving = (split(value.swapaxes(1, 2))[..., None] for value in (entering, leaving))
+    return *values, split(state), split(pairs), entering, leaving, split(whole)[..., None, None]
+
+
+def _time_major(value, like):
+    """[B,G,R,C,V] as [B,C,H,V], in the dtype of another."""
+    return jnp.moveaxis(value, 3, 1).reshape(like.shape).astype(like.dtype)
 
 
 def _forward(state, marks, inputs, shared):
-    q, k, v = (value.astype(state.dtype) for value in inputs[:3])
-    decays = head_decays(inputs[3], marks, q.shape[1], state.dtype)
-    pairs, entering, leaving, whole = _grouped(decays, q.shape[2])
-    weights = jnp.einsum("bigk,bjgk->bgij", q, k)[:, :, None] * pairs
-    y = jnp.einsum("bgrij,bjgrv->bigrv", weights, v) + entering * jnp.einsum("bigk,bgkrv->bigrv", q, state)
-    state = whole[:, :, None, :, None] * state + jnp.einsum("bjgk,bjgrv->bgkrv", k, leaving * v)
-    return state, y.astype(inputs[2].dtype)
+    q, k, v, log_decay = inputs
+    heads = state.shape
+    q, k, v, state, pairs, entering, leaving, whole = _head_major(state, log_decay, marks, q, k, v)
+    q_heads, k_heads = (jnp.broadcast_to(value[:, :, None], (*v.shape[:4], q.shape[3])) for value in (q, k))
+    weights = (q @ k.swapaxes(2, 3))[:, :, None] * pairs
+    y = weights @ v + (entering * q_heads) @ state
+    state = whole * state + (leaving * k_heads).swapaxes(3, 4) @ v
+    return state.reshape(heads), _time_major(y, inputs[2])
 
 
 def _backward(state, marks, inputs, shared, dstate, dy):
-    q, k, v, dy = (value.astype(state.dtype) for value in (*inputs[:3], dy))
-    chunk = q.shape[1]
-    decays = head_decays(inputs[3], marks, chunk, state.dtype)
-    pairs, entering, leaving, whole = _grouped(decays, q.shape[2])
-    weights = jnp.einsum("bigk,bjgk->bgij", q, k)[:, :, None] * pairs
-    dweights = jnp.einsum("bigrv,bjgrv->bgrij", dy, v)
+    q, k, v, log_decay = inputs
+    chunk, heads = q.shape[1], state.shape
+    q, k, v, dy, state, pairs, entering, leaving, whole = _head_major(state, log_decay, marks, q, k, v, dy)
+    q_heads, k_heads = (jnp.broadcast_to(value[:, :, None], (*v.shape[:4], q.shape[3])) for value in (q, k))
+    dstate = dstate.reshape(state.shape)
+    weights = (q @ k.swapaxes(2, 3))[:, :, None] * pairs
+    dweights = dy @ v.swapaxes(3, 4)
     dscores = jnp.sum(dweights * pairs, axis=2)
-    dy_state, v_state = entering * dy, leaving * v
-    dq = jnp.einsum("bgij,bjgk->bigk", dscores, k) + jnp.einsum("bigrv,bgkrv->bigk", dy_state, state)
-    dk = jnp.einsum("bgij,bigk->bjgk", dscores, q) + jnp.einsum("bjgrv,bgkrv->bjgk", v_state, dstate)
-    dv_state = leaving * jnp.einsum("bjgk,bgkrv->bjgrv", k, dstate)
-    dv = jnp.einsum("bgrij,bigrv->bjgrv", weights, dy) + dv_state
-    before = whole[:, :, None, :, None] * dstate + jnp.einsum("bigk,bigrv->bgkrv", q, dy_state)
+    dq_state = entering * (dy @ state.swapaxes(3, 4))
+    dk_state = leaving * (v @ dstate.swapaxes(3, 4))
+    dq = dscores @ k + jnp.sum(dq_state, axis=2)
+    dk = dscores.swapaxes(2, 3) @ q + jnp.sum(dk_state, axis=2)
+    dv = weights.swapaxes(3, 4) @ dy + (leaving * k_heads) @ dstate
+    before = whole * dstate + (entering * q_heads).swapaxes(3, 4) @ dy
     dlog_decay = None
-    if inputs[3] is not None:
-        below = jnp.asarray(np.tri(chunk, k=-1, dtype=bool))
+    if log_decay is not None:
+        below = np.tri(chunk, k=-1, dtype=bool)
         moved = jnp.where(below, dweights * weights, 0)
-        gains = jnp.sum(moved, axis=-1) - jnp.sum(moved, axis=-2)
-        gains = jnp.moveaxis(gains, 3, 1) + jnp.sum(dy_state * jnp.einsum("bigk,bgkrv->bigrv", q, state), axis=-1)
-        kept = whole * jnp.einsum("bgkrv,bgkrv->bgr", state, dstate)
-        upto = jnp.asarray(np.tri(chunk), state.dtype)
-        dlog_decay = jnp.einsum("ji,bjgr->bigr", upto, gains) + kept[:, None]
-        dlog_decay += jnp.einsum(
-            "ij,bjgr->bigr", upto - jnp.eye(chunk, dtype=upto.dtype), jnp.sum(dv_state * v, axis=-1)
-        )
-        dlog_decay = dlog_decay.reshape(inputs[3].shape)
-    gradients = tuple(new.astype(old.dtype) for new, old in zip((dq, dk, dv), inputs[:3], strict=True))
-    return before, (*gradients, dlog_decay), ()
+        # What a decay scales: all that is read after it, of what was written before it.
+        gains = jnp.sum(moved, axis=-1) - jnp.sum(moved, axis=-2) + jnp.sum(dq_state * q[:, :, None], axis=-1)
+        losses = jnp.sum(dk_state * k[:, :, None], axis=-1)
+        kept = jnp.sum(whole * state * dstate, axis=(3, 4))
+        dlog_decay = gains @ np.tri(chunk).astype(q.dtype) + losses @ below.T.astype(q.dtype) + kept[..., None]
+        dlog_decay = jnp.moveaxis(dlog_decay, 3, 1).reshape(log_decay.shape)
+    dq, dk = (new.swapaxes(1, 2).astype(old.dtype) for new, old in ((dq, inputs[0]), (dk, inputs[1])))
+    return before.reshape(heads), (dq, dk, _time_major(dv, inputs[2]), dlog_decay), ()
 
 
 def _channel_forward(state, marks, inputs, shared):
