@@ -18,6 +18,7 @@ from efficient_lm.data.tokenizers import Tokenizer, load_tokenizer
 from efficient_lm.errors import ConfigError
 from efficient_lm.evaluation.answers import evaluate_answers
 from efficient_lm.evaluation.bits_per_byte import make_scorer
+from efficient_lm.evaluation.diagnostics import ROWS, Diagnostics
 from efficient_lm.evaluation.text import evaluate_documents
 from efficient_lm.evaluation.windows import WindowSpec
 from efficient_lm.inference.decoding import Decoder
@@ -200,6 +201,32 @@ class Model:
             store = open_store(FilesSource(paths=tuple(data), any_extension=True), self.tokenizer)
             documents = np.arange(len(store))
         return evaluate_documents(self._scorer, self.params, store, documents, spec, batch_size)
+
+    def diagnose(
+        self, data: DataSpec | None = None, sequence_length: int | None = None, rows: int = ROWS
+    ) -> list[dict[str, Any]]:
+        """What goes on inside the mixers, on a few rows of validation data.
+
+        Args:
+            data: whose validation rows are read; None takes what the run was trained on.
+            sequence_length: tokens of a row; None takes the task's own, or that of training.
+            rows: at most so many.
+
+        Returns:
+            For each layer the kind of its `mixer` (None without one), and what
+            `efficient_lm.evaluation.diagnostics.Diagnostics.measure` finds, as lists.
+        """
+        data = self.config.data if data is None else data
+        length = sequence_length or data.row_length or self.config.train.sequence_length
+        self.model.check_length(length, "sequence_length")
+        opened = data.open(self.tokenizer, length, self.config.run.seed)
+        batch = next(opened.validation_batches(rows, limit_rows=rows))
+        found = Diagnostics(self.model, self.dtype).measure_batch(self.params, batch)
+        kinds = [layer.mixer and layer.mixer.kind for layer in self.model.layers]
+        return [
+            {"mixer": kind, **{name: values.tolist() for name, values in figures.items()}}
+            for kind, figures in zip(kinds, found, strict=True)
+        ]
 
     def save(self, path: str | Path) -> Path:
         """Write a run directory: config, tokenizer, parameters. Raises `CheckpointError` if something is there."""

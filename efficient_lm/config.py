@@ -65,6 +65,8 @@ class TrainSpec(Spec):
         keep_checkpoints: newest ones kept.
         minutes: of wall time after which this session saves and stops; None has no limit.
         stop_at_accuracy: validation accuracy that ends the run, for data with answers; None runs to the end.
+        diagnostics: whether each evaluation also measures recurrent states, decay and entropy of attention, by layer
+            (see `evaluation.diagnostics`).
     """
 
     steps: Count
@@ -80,6 +82,7 @@ class TrainSpec(Spec):
     keep_checkpoints: Count = 3
     minutes: Positive | None = None
     stop_at_accuracy: Annotated[Fraction, Field(gt=0)] | None = None
+    diagnostics: bool = False
 
     @model_validator(mode="after")
     def _divides(self) -> "TrainSpec":
@@ -146,6 +149,7 @@ class EvaluateConfig(Spec):
         batch_size: windows or requests at a time; None takes what suits the device.
         tasks: of lm-eval, by name, YAML file or folder. Without `text` and `data` they alone are run.
         fewshot: worked examples before each question of a task; None takes what the task says.
+        diagnostics: whether recurrent states, decay and entropy of attention are measured too, on a few rows of data.
         output: a JSON file for the results.
     """
 
@@ -159,12 +163,15 @@ class EvaluateConfig(Spec):
     batch_size: Count | None = None
     tasks: Name | Annotated[Listing[Name], Field(min_length=1)] | None = None
     fewshot: Natural | None = None
+    diagnostics: bool = False
     output: Name | None = None
 
     @model_validator(mode="after")
     def _fits(self) -> "EvaluateConfig":
         if self.text is not None and self.data is not None:
             raise ConfigError("text: data is given too; leave one of them out")
+        if self.text is not None and self.diagnostics:
+            raise ConfigError("diagnostics: are of rows of data, and text is windows; use data=files instead of text")
         if self.fewshot is not None and self.tasks is None:
             raise ConfigError("fewshot: examples are for tasks, and none is given; add tasks=, or leave it out")
         if isinstance(self.sequence_length, int):

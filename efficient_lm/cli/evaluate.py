@@ -25,6 +25,7 @@ Main keys
   limit=             at most so many windows or rows, and so many examples of each task
   tasks=             of lm-eval: names, YAML files or folders; without text and data, they alone are run
   fewshot=           worked examples before each question
+  diagnostics=true   recurrent states, decay and the entropy of attention by layer, on a few rows of data
   batch_size=        windows or requests at a time; by default what suits the device
   output=            a JSON file for the results
 
@@ -65,7 +66,7 @@ def run(overrides: Sequence[str], options: Options) -> None:
 
 def evaluate(model: "Model", config: "EvaluateConfig") -> dict[str, Any]:
     """Evaluate, print tables, and return what `output` keeps."""
-    from efficient_lm.evaluation.report import answers_report, task_report, text_report
+    from efficient_lm.evaluation.report import answers_report, diagnostics_report, task_report, text_report
 
     results: dict[str, Any] = {"checkpoint": config.checkpoint, "step": model.step}
     results |= {"text": None, "answers": None, "tasks": None}
@@ -79,6 +80,10 @@ def evaluate(model: "Model", config: "EvaluateConfig") -> dict[str, Any]:
         reads_text = paths is not None or (config.data or model.config.data).reads_text
         results["text" if reads_text else "answers"] = scores
         print((text_report if reads_text else answers_report)(scores))
+    if config.diagnostics:
+        lengths = config.sequence_length if isinstance(config.sequence_length, tuple) else (config.sequence_length,)
+        results["diagnostics"] = model.diagnose(config.data, lengths[-1])
+        print(diagnostics_report(results["diagnostics"]))
     if config.tasks is not None:
         from efficient_lm.evaluation.lm_eval import run_tasks
 

@@ -5,7 +5,7 @@ training length (Chen et al. 2024, "Stuffed Mamba", section 3). Rows are sent th
 and each mixer through its row in pieces, whose carried states are what is measured.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -21,6 +21,9 @@ from efficient_lm.models.parameters import Blueprint, Parameters
 
 PIECES = 16
 """Places of a row at which states are measured."""
+
+ROWS = 4
+"""Rows of validation data that are looked at."""
 
 Figures = dict[str, np.ndarray]
 """Name → float32 values; see `diagnose`."""
@@ -65,6 +68,11 @@ class Diagnostics:
             x, figures = self._layer(number, self.model.stack.periods[part[0]][part[1]])(values, x, here)
             found.append({name: np.asarray(value) for name, value in figures.items()})
         return found
+
+    def measure_batch(self, params: Parameters, batch: Mapping[str, np.ndarray]) -> list[Figures]:
+        """The figures of each layer, of a batch of the loader (see `efficient_lm.data.packing.pack`)."""
+        context = Context(jnp.asarray(batch["positions"]), jnp.asarray(batch["segment_ids"]))
+        return self.measure(params, jnp.asarray(batch["tokens"]), context)
 
     def _layer(self, number: int, blueprint: Blueprint) -> Callable:
         if id(blueprint) not in self._layers:

@@ -33,6 +33,24 @@ def answers_report(scores: dict[str, Any]) -> str:
     return "\n".join([*textwrap.wrap(f"{data['kind']}: {options}", WIDTH), *_table(head, rows, left=0)])
 
 
+def diagnostics_report(layers: Sequence[dict[str, Any]]) -> str:
+    """What `Model.diagnose` returned, a row per layer: states at the first and at the last place, means of the rest."""
+
+    def ends(values: Sequence[float] | None) -> tuple[str, str]:
+        return ("", "") if values is None else (f"{values[0]:.3g}", f"{values[-1]:.3g}")
+
+    rows = []
+    for number, layer in enumerate(layers):
+        decay, entropy = layer.get("decay"), layer.get("attention_entropy")
+        rows.append((
+            str(number), layer["mixer"] or "none", *ends(layer.get("state_norm")), *ends(layer.get("state_maximum")),
+            "" if decay is None else " ".join(f"{value:.3g}" for value in decay),
+            "" if entropy is None else f"{sum(entropy) / len(entropy):.3f}",
+        ))  # fmt: skip
+    head = ("layer", "mixer", "state first", "last", "its largest", "last", "decay least, mean, most", "entropy, nats")
+    return "\n".join(["", *_table(head, rows, left=2)])
+
+
 def task_report(tasks: dict[str, dict[str, Any]]) -> str:
     """What `run_tasks` returned, a row per metric."""
     rows = []

@@ -15,6 +15,7 @@ import numpy as np
 from efficient_lm.config import RunConfig, read_config, save_config
 from efficient_lm.errors import CheckpointError, DivergedError
 from efficient_lm.evaluation.bits_per_byte import evaluate
+from efficient_lm.evaluation.diagnostics import ROWS, summary
 from efficient_lm.models.parameters import count_parameters
 from efficient_lm.training.checkpoints import Checkpoints
 from efficient_lm.training.initialization import read_source
@@ -218,8 +219,14 @@ class _Session:
         scores = evaluate(self.setup.scorer, state["parameters"], batches, self.setup.layout.batch)
         self.progress.last_validation = {f"val_{name}": scores[name] for name in data.figures}
         self.progress.solved = self.progress.solved or (wanted is not None and scores["accuracy"] >= wanted)
-        self._write({"step": self.progress.step, "tokens": self.progress.tokens, **self.progress.last_validation})
+        row = {"step": self.progress.step, "tokens": self.progress.tokens, **self.progress.last_validation}
+        self._write(row | (self._diagnose(state) if self.setup.config.train.diagnostics else {}))
         self.logged_at = time.monotonic()
+
+    def _diagnose(self, state: dict[str, Any]) -> dict[str, float]:
+        """What a few rows of the validation data do inside the mixers."""
+        batch = next(self.setup.data.validation_batches(ROWS, limit_rows=ROWS))
+        return summary(self.setup.diagnostics.measure_batch(state["parameters"], batch))
 
     def save(self, state: dict[str, Any]) -> None:
         """Begin a checkpoint of this step."""

@@ -14,6 +14,7 @@ from efficient_lm.data.base import Data
 from efficient_lm.data.tokenizers import Tokenizer
 from efficient_lm.errors import ConfigError
 from efficient_lm.evaluation.bits_per_byte import make_scorer
+from efficient_lm.evaluation.diagnostics import Diagnostics
 from efficient_lm.models.language_model import LanguageModel
 from efficient_lm.models.parameters import decay_mask
 from efficient_lm.training.initialization import Source, check_source, transferred
@@ -52,6 +53,11 @@ class Setup:
     def scorer(self) -> Callable:
         """The jitted evaluation of a batch."""
         return make_scorer(self.model, self.config.precision.dtype)
+
+    @cached_property
+    def diagnostics(self) -> Diagnostics:
+        """What looks inside the mixers."""
+        return Diagnostics(self.model, self.config.precision.dtype)
 
     def fresh_state(self, source: Source | None = None) -> dict[str, Any]:
         """Parameters from a source, or from the seed and then born on the devices that keep them."""
