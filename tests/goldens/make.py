@@ -33,6 +33,7 @@ DELTA = {
     "num_hidden_layers": 4, "layer_types": THREE_TO_ONE, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
     "linear_key_head_dim": 8, "linear_value_head_dim": 8,
 }  # fmt: skip
+KIMI = {"num_hidden_layers": 4, "layer_types": THREE_TO_ONE, "linear_head_dim": 8, "linear_num_heads": 2}
 FAMILIES = {
     "llama": ("llama", {}),
     "mistral": ("mistral", {"sliding_window": 16}),
@@ -58,6 +59,9 @@ FAMILIES = {
         "qwen3_next",
         {**EXPERTS, **DELTA, "head_dim": 16, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16},
     ),
+    "qwen3_next_dense": ("qwen3_next", {**DELTA, "head_dim": 16, "mlp_only_layers": [0, 1, 2, 3]}),
+    "kimi_linear_dense": ("kimi_linear", {**KIMI, **LATENT, "mlp_layer_types": ["dense"] * 4}),
+    "deepseek_v3_dense": ("deepseek_v3", {**LATENT, "q_lora_rank": 16, "first_k_dense_replace": 2}),
     "olmo_hybrid": (
         "olmo_hybrid",
         {**DELTA, "linear_num_value_heads": 2, "linear_value_head_dim": 16, "num_key_value_heads": 4},
@@ -67,8 +71,8 @@ FAMILIES = {
     "jamba_dense": (
         "jamba",
         {
-            "num_hidden_layers": 4, "num_experts": 1, "attn_layer_period": 3, "attn_layer_offset": 1, "mamba_d_state": 8,
-            "mamba_dt_rank": 4,
+            "num_hidden_layers": 4, "num_experts": 1, "attn_layer_period": 3, "attn_layer_offset": 1,
+            "mamba_d_state": 8, "mamba_dt_rank": 4,
         },
     ),
     "nemotron_h_dense": (
