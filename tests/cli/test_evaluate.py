@@ -108,3 +108,15 @@ def test_without_lm_eval_the_extra_is_named(checkpoint, capsys, monkeypatch):
     monkeypatch.setattr(builtins, "__import__", without)
     status, _, err = run(capsys, f"checkpoint={checkpoint}", "tasks=arc_easy")
     assert status == 2 and "lm-eval is not installed" in err and "efficient-lm[lm_eval]" in err
+
+
+def test_diagnostics_have_a_row_per_layer(checkpoint, capsys, tmp_path):
+    output = tmp_path / "scores.json"
+    status, out, err = run(capsys, f"checkpoint={checkpoint}", "limit=1", "diagnostics=true", f"output={output}")
+    assert (status, err) == (0, "")
+    (layer,) = json.loads(output.read_text())["diagnostics"]
+    assert layer["mixer"] == "attention" and len(layer["attention_entropy"]) == 2
+    mean = sum(layer["attention_entropy"]) / 2
+    assert "entropy, nats" in out and out.rstrip().splitlines()[-2].split()[-2:] == ["attention", f"{mean:.3f}"]
+    status, _, err = run(capsys, f"checkpoint={checkpoint}", "text=a.txt", "diagnostics=true")
+    assert status == 2 and "use data=files instead of text" in err

@@ -285,3 +285,12 @@ def test_evaluation_of_a_file_by_hand(whole, tmp_path):
     nats = model.loss(ids) * (ids.size - 1)
     assert scores["tokens"] == 22 and scores["bytes"] == 21
     assert scores["bits_per_byte"] == pytest.approx(nats / np.log(2) / 21, rel=1e-5)
+
+
+def test_evaluations_look_inside_the_mixers_when_asked(text, tmp_path):
+    options = {"mixer": "rg_lru", "mixer.heads": 4, "train.steps": 2, "train.evaluate_every": 1}
+    run(text, tmp_path / "run", **{"train.diagnostics": "true", **options})
+    rows = [row for row in read_metrics(tmp_path / "run") if "val_loss" in row]
+    assert [row["step"] for row in rows] == [1, 2]
+    for row in rows:
+        assert 0 < row["decay/layer_1"] < 1 and 0 < row["state_norm/layer_0"] <= row["state_maximum/layer_0"]
