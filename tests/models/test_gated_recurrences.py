@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from scipy.special import expit
 
+from efficient_lm.models.mixers.matmul_free import MatMulFreeSpec
 from efficient_lm.models.mixers.rg_lru import RGLRUSpec, bounded_root
 from efficient_lm.models.mixers.short_conv import ShortConvSpec
 from efficient_lm.models.parameters import Blueprint, Initialization
@@ -64,19 +65,40 @@ def test_short_conv_equals_its_equations(build_mixer, options):
     mixer.check(mixer.output(after * convolved(mixer, before * u)))
 
 
+def ternary(x, params, matrix_axes):
+    """`x [time, in]` through a ternary map, float64; `matrix_axes` of the weight make one matrix."""
+    normed = params["norm"]["scale"] * x / np.sqrt(np.mean(x**2, -1, keepdims=True) + 1e-8)
+    step = np.abs(normed).max(-1, keepdims=True) / 127
+    size = np.abs(params["weight"]).mean(matrix_axes, keepdims=True)
+    weight = np.clip(np.round(params["weight"] / size), -1, 1) * size
+    return np.einsum("ti,i...->t...", np.round(normed / step) * step, weight)
+
+
+def test_matmul_free_equals_its_equations(build_mixer):
+    mixer = build_mixer(MatMulFreeSpec(expand=1.5))
+    forget, candidate, gate = np.moveaxis(ternary(mixer.x, mixer.params["branches"], (0, 2)), 1, 0)
+    h, rows = np.zeros(24), []
+    for f, c in zip(expit(forget), candidate * expit(candidate), strict=True):
+        h = f * h + (1 - f) * c
+        rows.append(h)
+    mixer.check(ternary(expit(gate) * np.stack(rows), mixer.params["output"], (0, 1)))
+    mixer.check(-softplus(-forget), mixer.log_decay)
+
+
 def test_sizes_and_costs_by_hand():
     assert RGLRUSpec().inner_size(2560) == 3408, "four thirds of the width, in 16 heads"
     assert RGLRUSpec(heads=2).resolved(24).inner == 32
     # Two branches of 32 and one back, four taps, two gates that read 16 values each, a multiplication and an addition.
     assert RGLRUSpec(heads=2, inner=32).flops_per_token(24, 99) == 2 * 32 * (3 * 24 + 4 + 2 * 16 + 1)
     assert ShortConvSpec().flops_per_token(8, 99) == 2 * 8 * (3 * 8 + 3 + 8 + 1)
+    assert MatMulFreeSpec(expand=2).flops_per_token(8, 99) == 2 * 16 * (4 * 8 + 1)
     faults = dict(RGLRUSpec(heads=5, inner=32).faults(24))
     assert faults == {"heads": "5 do not divide 32 inner channels; nearest that do: 2, 4, 8"}
 
 
-@pytest.mark.parametrize("spec", [RGLRUSpec(heads=2), ShortConvSpec()])
+@pytest.mark.parametrize("spec", [RGLRUSpec(heads=2), ShortConvSpec(), MatMulFreeSpec()])
 def test_the_cache_is_of_one_size_for_any_length(cache_shapes, spec):
     made = cache_shapes(spec, 9999)
     assert made == cache_shapes(spec, 1)
-    assert made["convolution"].dtype == jnp.bfloat16
-    assert "state" not in made or made["state"].dtype == jnp.float32
+    dtypes = {"convolution": jnp.bfloat16, "state": jnp.float32, "segment": jnp.int32}
+    assert all(value.dtype == dtypes[name] for name, value in made.items())

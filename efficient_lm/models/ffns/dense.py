@@ -10,6 +10,7 @@ from efficient_lm.models.context import Context
 from efficient_lm.models.ffns.base import Auxiliary, FFNSpec
 from efficient_lm.models.layers.activations import ACTIVATIONS, Activation
 from efficient_lm.models.layers.linear import Linear
+from efficient_lm.models.layers.ternary import TernaryLinear
 from efficient_lm.models.parameters import Initialization
 from efficient_lm.spec import Count, PerLayer, Positive
 
@@ -22,6 +23,7 @@ class DenseSpec(FFNSpec):
         hidden: hidden units, instead of `expansion`.
         bias: whether the linear maps have biases.
         output_multiplier: constant factor of the result.
+        ternary: whether the maps' weights are -1, 0 or 1, and their inputs normed and of eight bits.
     """
 
     gated: ClassVar[bool] = False
@@ -29,6 +31,7 @@ class DenseSpec(FFNSpec):
     hidden: PerLayer[Count | None] = None
     bias: bool = False
     output_multiplier: Positive = 1.0
+    ternary: bool = False
 
     def hidden_size(self, width: int) -> int:
         """Hidden units in a model of this width; an `expansion` is rounded to a multiple of 8."""
@@ -97,15 +100,16 @@ class ReGLUSpec(GatedSpec):
 class Dense(nnx.Module):
     def __init__(self, spec: DenseSpec, width: int, init: Initialization):
         hidden, embed = {"mlp": spec.hidden_size(width)}, {"embed": width}
+        linear = TernaryLinear if spec.ternary else Linear
         self.activation = ACTIVATIONS[spec.activation]
         self.gated, self.output_multiplier = spec.gated, spec.output_multiplier
         if spec.gated:
             self.gate_multiplier = spec.gate_multiplier
             # One matmul for both halves: the input is read once.
-            self.gate_up = Linear(embed, {"gate_up": 2, **hidden}, init=init, bias=spec.bias, batch=1)
+            self.gate_up = linear(embed, {"gate_up": 2, **hidden}, init=init, bias=spec.bias, batch=1)
         else:
-            self.up = Linear(embed, hidden, init=init, bias=spec.bias)
-        self.down = Linear(hidden, embed, init=init, bias=spec.bias, residual=True)
+            self.up = linear(embed, hidden, init=init, bias=spec.bias)
+        self.down = linear(hidden, embed, init=init, bias=spec.bias, residual=True)
 
     def __call__(self, x: jax.Array, context: Context) -> tuple[jax.Array, Auxiliary]:
         """`x [batch, time, width]` → the same shape and dtype, and nothing auxiliary."""
