@@ -200,6 +200,27 @@ class Depth:
 
 
 @dataclass(frozen=True)
+class Dense:
+    """The keys of a family that can have experts, of a model that has none.
+
+    Attributes:
+        experts: ``(config) -> key and value`` that put experts into some layer; None if there are none.
+        keys: ``(number of layers) -> keys`` of a config without experts.
+    """
+
+    experts: Callable[[Config], str | None]
+    keys: Callable[[int], Config]
+
+    def read(self, config: Config, draft: Draft) -> None:
+        found = self.experts(config)
+        if found:
+            raise ConfigError(f"{found}: mixture of experts is not supported")
+
+    def write(self, layers: Layers, config: Config) -> None:
+        config |= self.keys(len(layers.layers))
+
+
+@dataclass(frozen=True)
 class Pattern:
     """The kind of each layer, however a family writes it down.
 

@@ -24,7 +24,8 @@ GOLDENS = Path(__file__).parent.parent / "goldens"
 END = 2
 NAMES = [
     "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "olmo2", "gpt_neox", "gpt2", "diffllama", "mamba",
-    "falcon_mamba", "recurrent_gemma", "lfm2", "olmo_hybrid", "mamba2", "bamba", "falcon_h1", "jamba_dense",
+    "falcon_mamba", "recurrent_gemma", "lfm2", "olmo_hybrid",
+    "qwen3_next_dense", "kimi_linear_dense", "deepseek_v3_dense", "mamba2", "bamba", "falcon_h1", "jamba_dense",
     "nemotron_h_dense",
 ]  # fmt: skip
 # What the reference names otherwise when it saves than in its modules; three convolutions are one of its modules.
@@ -34,6 +35,7 @@ MODULES = {
     r"\.attention_layer_norm\.": ".input_layernorm.",
     r"\.feedforward_layer_norm\.": ".post_attention_layernorm.",
     r"\.[qkv]_conv1d\.": ".conv1d.",
+    r"\.self_attn\.(f_[ab]_proj|A_log|dt_bias)": r".self_attn.forget_gate.\1",
 }
 
 

@@ -100,19 +100,22 @@ class NoPositionSpec(PositionSpec):
 
 
 class RotarySpec(PositionSpec):
-    """Rotary embedding (Su et al. 2021, eq. 34), in the half-split layout of GPT-NeoX and Llama.
+    """Rotary embedding (Su et al. 2021, eq. 34), in the half-split layout of GPT-NeoX and Llama, or in the paper's.
 
     Attributes:
         theta: base wavelength.
         fraction: share of each head's values that turn, their number rounded down and then to a whole number of pairs
             by one more; the rest carries no position.
         scaling: change of frequencies for a longer context.
+        interleaved: whether the values of a pair are neighbours, as in the paper and in DeepSeek, and not half a head
+            apart. They come out half-split all the same: the product of a query and a key does not depend on it.
     """
 
     kind: Literal["rotary"] = "rotary"
     theta: Positive = 10000.0
     fraction: Fraction = 1.0
     scaling: OneOf[RopeScalingSpec] | None = None
+    interleaved: bool = False
 
     def build(self, heads: int, head_size: int) -> "Position":
         return Rotary(self, head_size)
@@ -162,14 +165,16 @@ class Rotary(Position):
         temperature = 1.0
         if spec.scaling is not None and size:
             frequencies, temperature = spec.scaling.scale(frequencies, spec.theta, size)
-        self.temperature = temperature
+        self.temperature, self.interleaved = temperature, spec.interleaved
         self.frequencies = tuple(float(value) for value in frequencies)
 
     def rotate(self, x: jax.Array, positions: jax.Array) -> jax.Array:
         angles = positions[..., None, None].astype(jnp.float32) * jnp.asarray(self.frequencies, jnp.float32)
         cosine, sine = jnp.cos(angles) * self.temperature, jnp.sin(angles) * self.temperature
         half = len(self.frequencies)
-        first, second = (part.astype(jnp.float32) for part in (x[..., :half], x[..., half : 2 * half]))
+        turning = x[..., : 2 * half].astype(jnp.float32)
+        pair = (turning[..., ::2], turning[..., 1::2]) if self.interleaved else jnp.split(turning, 2, axis=-1)
+        first, second = pair
         turned = [first * cosine - second * sine, second * cosine + first * sine]
         return jnp.concatenate([part.astype(x.dtype) for part in turned] + [x[..., 2 * half :]], axis=-1)
 

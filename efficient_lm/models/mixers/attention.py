@@ -13,6 +13,7 @@ from efficient_lm.models.layers.linear import Linear
 from efficient_lm.models.layers.norms import NormSpec
 from efficient_lm.models.layers.positions import PositionSpec, RotarySpec
 from efficient_lm.models.mixers.base import Cache, MixerSpec, dividing
+from efficient_lm.models.mixers.token_cache import TokenCache, mean_seen, places
 from efficient_lm.models.parameters import ZEROS, Initialization, parameter
 from efficient_lm.spec import Count, Natural, OneOf, PerLayer, Positive
 from kernels_pallas.attention import attention, attention_weights
@@ -36,7 +37,9 @@ class AttentionSpec(MixerSpec):
         scale: factor of the logits; None takes ``head_size ** -0.5``.
         qk_norm: norm of queries and keys, before rotation (Henry et al. 2020).
         qk_norm_over: ``head`` norms each head by itself, ``all`` every head's values together (OLMo 2).
-        bias, output_bias: biases of the query, key and value maps, and of the output map.
+        output_gate: multiplies what each head attended to by ``sigmoid(W_g x)``, value by value (Qiu et al. 2025, arXiv
+            2505.06708).
+        bias, output_bias: biases of the query, key, value and gate maps, and of the output map.
         position: how order is known.
         implementation: which form of `kernels_pallas.attention` computes it.
     """
@@ -52,6 +55,7 @@ class AttentionSpec(MixerSpec):
     scale: PerLayer[Positive | None] = None
     qk_norm: OneOf[NormSpec] | None = None
     qk_norm_over: Literal["head", "all"] = "head"
+    output_gate: bool = False
     bias: bool = False
     output_bias: bool = False
     position: OneOf[PositionSpec] = RotarySpec()
@@ -88,19 +92,13 @@ class AttentionSpec(MixerSpec):
 
     def flops_per_token(self, width: int, context_length: int) -> float:
         heads, size = self.head_count(width), self.size_per_head(width)
-        projections = 2 * width * size * (2 * heads + 2 * (self.kv_heads or heads))
-        return projections + 2 * heads * (size + self.value_size(width)) * self._mean_seen(context_length)
+        maps = 2 * heads + 2 * (self.kv_heads or heads) + (heads if self.output_gate else 0)
+        seen = mean_seen(context_length, self.window, self.kept_tokens)
+        return 2 * width * size * maps + 2 * heads * (size + self.value_size(width)) * seen
 
     def value_size(self, width: int) -> int:
         """Values that each query head gathers from every token it sees."""
         return self.size_per_head(width)
-
-    def _mean_seen(self, context_length: int) -> float:
-        """Tokens that one token attends to, averaged over the sequence."""
-        window = min(self.window or context_length, context_length)
-        ramp = window * (window + 1) / 2 + (context_length - window) * window
-        kept = min(self.kept_tokens, max(context_length - window, 0))
-        return (ramp + kept * (context_length - window - kept / 2)) / context_length
 
 
 class Attention(nnx.Module):
@@ -116,7 +114,9 @@ class Attention(nnx.Module):
         self.query_norm = self._norm({"heads": count})
         self.key_norm = self._norm({"kv_heads": self.kv_heads})
         self.sinks = parameter({"heads": count}, ZEROS) if spec.sink_logit else None
+        self.gate = Linear(embed, heads, init=init, bias=spec.bias) if spec.output_gate else None
         self.position = spec.position.build(count, self.size)
+        self.memory = TokenCache(spec.window, spec.kept_tokens)
 
     def _norm(self, heads: dict[str, int]) -> nnx.Module | None:
         over = heads if self.spec.qk_norm_over == "all" else {}
@@ -127,10 +127,13 @@ class Attention(nnx.Module):
         q, k, v = self._project(x, context)
         if context.mode != "decode":
             y = self._attend_rows(q, k, v, context)
-            cache = None if cache is None else self._remember(cache, k, v, context)
+            cache = None if cache is None else self.memory.remember(cache, context, key=k, value=v)
         else:
             y, cache = self._attend_cache(q, k, v, context, cache)
-        return self.output(checkpoint_name(self._combine(y, context), "attended")), cache
+        y = self._combine(y, context)
+        if self.gate is not None:
+            y = (y * jax.nn.sigmoid(self.gate(x).astype(jnp.float32))).astype(y.dtype)
+        return self.output(checkpoint_name(y, "attended")), cache
 
     def _project(self, x: jax.Array, context: Context) -> tuple[jax.Array, jax.Array, jax.Array]:
         q, pair = self.query(x), self.key_value(x)
@@ -164,20 +167,11 @@ class Attention(nnx.Module):
     def _attend_cache(
         self, q: jax.Array, k: jax.Array, v: jax.Array, context: Context, cache: Cache
     ) -> tuple[jax.Array, Cache]:
-        """Single tokens overwrite what no query sees any more; longer pieces also look at what they would overwrite."""
-        new = self._remember(cache, k, v, context)
-        if q.shape[1] == 1 or self._slots(cache) is None:
-            seen = new
-        else:
-            piece = {"key": k, "value": v, "positions": context.positions, "segment_ids": context.segment_ids}
-            seen = {name: jnp.concatenate([cache[name], piece[name].astype(cache[name].dtype)], 1) for name in piece}
+        new = self.memory.remember(cache, context, key=k, value=v)
+        seen = self.memory.visible(cache, new, context, key=k, value=v)
         bias = self.position.bias(context.positions, seen["positions"])
-        y = self._attend(
-            q, seen["key"].astype(q.dtype), seen["value"].astype(q.dtype), bias,
-            segment_ids=context.segment_ids, key_segment_ids=seen["segment_ids"],
-            query_positions=context.positions, key_positions=seen["positions"],
-        )  # fmt: skip
-        return y, new
+        keys, values = seen["key"].astype(q.dtype), seen["value"].astype(q.dtype)
+        return self._attend(q, keys, values, bias, **places(context, seen)), new
 
     def entropy(self, x: jax.Array, context: Context) -> jax.Array:
         """Mean entropy in nats of the weights of every real token, float32 ``[batch, heads]``; builds all weights."""
@@ -188,42 +182,16 @@ class Attention(nnx.Module):
             sinks=None if self.sinks is None else self.sinks[...], scale=self.spec.scale,
             bias=self.position.bias(index, index), segment_ids=context.segment_ids,
         )  # fmt: skip
-        live = (context.segment_ids != 0)[:, None]
-        rows = jnp.sum(jax.scipy.special.entr(weights), axis=-1)
-        return jnp.sum(rows * live, axis=-1) / jnp.maximum(jnp.sum(live, axis=-1), 1)
+        return mean_entropy(weights, context)
 
     def init_cache(self, batch: int, length: int, dtype: jnp.dtype) -> Cache:
-        """An empty cache for `length` tokens, or for the kept tokens and one window where that is less.
+        """An empty cache for `length` tokens; keys and values are `[batch, slots, kv_heads, head_size]`."""
+        shape = (self.kv_heads, self.size)
+        return self.memory.empty(batch, length, dtype, key=shape, value=shape)
 
-        Keys and values are `[batch, slots, kv_heads, head_size]`; segment id 0 marks an empty slot.
-        """
-        window = self.spec.window
-        slots = length if window is None else min(length, self.spec.kept_tokens + window)
-        shape = (batch, slots, self.kv_heads, self.size)
-        integers = jnp.zeros((batch, slots), jnp.int32)
-        return {
-            "key": jnp.zeros(shape, dtype), "value": jnp.zeros(shape, dtype),
-            "positions": integers, "segment_ids": integers, "seen": jnp.zeros((batch,), jnp.int32),
-        }  # fmt: skip
 
-    def _slots(self, cache: Cache) -> int | None:
-        """Slots of the ring behind the kept tokens; None if there is no window and every token keeps its slot."""
-        return None if self.spec.window is None else max(cache["key"].shape[1] - self.spec.kept_tokens, 1)
-
-    def _remember(self, cache: Cache, k: jax.Array, v: jax.Array, context: Context) -> Cache:
-        """Write these tokens; padding is not written, nor what a later token of the same piece would overwrite."""
-        real = context.segment_ids != 0
-        order = cache["seen"][:, None] + jnp.cumsum(real, axis=1) - 1
-        slot, end = order, cache["seen"] + jnp.sum(real, axis=1)
-        write, ring, kept = real, self._slots(cache), self.spec.kept_tokens
-        if ring is not None:
-            first = (context.positions < kept) & (context.segment_ids == jnp.max(context.segment_ids, 1, keepdims=True))
-            slot = jnp.where(first, context.positions, kept + order % ring)
-            write = real & (first | (order >= end[:, None] - ring))
-        slot = jnp.where(write, slot, cache["key"].shape[1])
-        row = jnp.arange(k.shape[0])[:, None]
-        new = {"key": k, "value": v, "positions": context.positions, "segment_ids": context.segment_ids}
-        written = {
-            name: cache[name].at[row, slot].set(new[name].astype(cache[name].dtype), mode="drop") for name in new
-        }
-        return {**written, "seen": end}
+def mean_entropy(weights: jax.Array, context: Context) -> jax.Array:
+    """Of `weights [batch, heads, time, keys]`, over the real tokens: nats, float32 ``[batch, heads]``."""
+    live = (context.segment_ids != 0)[:, None]
+    rows = jnp.sum(jax.scipy.special.entr(weights), axis=-1)
+    return jnp.sum(rows * live, axis=-1) / jnp.maximum(jnp.sum(live, axis=-1), 1)

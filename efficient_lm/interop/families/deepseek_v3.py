@@ -1,0 +1,103 @@
+"""DeepSeek-V3 (DeepSeek-AI 2024): multi-head latent attention. Models with experts are refused."""
+
+from efficient_lm.errors import ConfigError
+from efficient_lm.interop.description import InterleavedByHead, Rows, Tensor, fused, linear, norm
+from efficient_lm.interop.families.base import Family
+from efficient_lm.interop.families.llama import GATED_MLP, MODEL, PRE_NORMS, RMS, TENSORS
+from efficient_lm.interop.keys import GATED, Binding, Config, Dense, Depth, Draft, Layers, Named, Spread, count, key
+from efficient_lm.interop.rotary import Rotary
+
+LATENT_NORM = {"kind": "rmsnorm", "epsilon": 1e-6}
+"""The reference norms latents with an epsilon of its own."""
+
+LATENT: tuple[Tensor, ...] = (
+    *linear("self_attn.q_proj", "mixer.inner.query"),
+    *linear("self_attn.q_a_proj", "mixer.inner.query_down"),
+    *norm("self_attn.q_a_layernorm", "mixer.inner.query_norm"),
+    *linear("self_attn.q_b_proj", "mixer.inner.query_up"),
+    *fused(
+        "self_attn.kv_a_proj_with_mqa", [("mixer.inner.latent", None), ("mixer.inner.rotary_key", None)], "torch",
+        Rows(),
+    ),
+    *norm("self_attn.kv_a_layernorm", "mixer.inner.latent_norm"),
+    *fused(
+        "self_attn.kv_b_proj", [("mixer.inner.key", None), ("mixer.inner.value", None)], "torch", InterleavedByHead()
+    ),
+    *linear("self_attn.o_proj", "mixer.inner.output"),
+)  # fmt: skip
+
+
+class KeyValueHeads:
+    """`num_key_value_heads`: every head has keys and values of its own."""
+
+    def read(self, config: Config, draft: Draft) -> None:
+        heads, stated = config.get("num_attention_heads"), config.get("num_key_value_heads")
+        if None not in (heads, stated) and stated != heads:
+            raise ConfigError(f"num_key_value_heads: {stated} is not supported; num_attention_heads ({heads}) is")
+
+    def write(self, layers: Layers, config: Config) -> None:
+        if "num_attention_heads" in config:
+            config["num_key_value_heads"] = config["num_attention_heads"]
+
+
+def latent(scope: str, heads: int, query_rank: int | None) -> tuple[Binding, ...]:
+    """The sizes of latent attention in the layers of a kind, with the defaults of a family."""
+    mixer = f"{scope}.mixer"
+    return (
+        key("num_attention_heads", f"{mixer}.heads", default=heads),
+        KeyValueHeads(),
+        key("q_lora_rank", f"{mixer}.query_rank", default=query_rank),
+        key("kv_lora_rank", f"{mixer}.latent_size", default=512),
+        key("qk_nope_head_dim", f"{mixer}.head_size", default=128),
+        key("qk_rope_head_dim", f"{mixer}.rotary_size", default=64),
+        key("v_head_dim", f"{mixer}.value_size", default=128),
+        key("attention_bias", f"{mixer}.bias", f"{mixer}.output_bias", default=False),
+    )
+
+
+class Mscale:
+    """`mscale_all_dim`, among the keys of scaled rotary positions."""
+
+    def read(self, config: Config, draft: Draft) -> None:
+        stated = config.get("rope_scaling") or config.get("rope_parameters") or {}
+        if (stated.get("rope_type") or stated.get("type") or "default") != "default":
+            draft.put("block.mixer.mscale", stated.get("mscale_all_dim") or 0.0)
+
+    def write(self, layers: Layers, config: Config) -> None:
+        value = layers.get("block.mixer.mscale")
+        for name in ("rope_parameters", "rope_scaling"):
+            if value and config[name]:
+                config[name]["mscale_all_dim"] = value
+
+
+def experts(config: Config) -> str | None:
+    """The key that leaves experts in the last layers."""
+    layers, dense = count(config, "num_hidden_layers", 61), config.get("first_k_dense_replace", 3)
+    return f"first_k_dense_replace: {dense} of {layers} layers have no experts" if dense < layers else None
+
+
+FAMILY = Family(
+    model_type="deepseek_v3",
+    architecture="DeepseekV3ForCausalLM",
+    model=MODEL,
+    block={"mixer": {"kind": "multi_latent", "norm": LATENT_NORM}, "norm": RMS},
+    keys=(
+        key("vocab_size", "vocab_size", default=129280),
+        key("hidden_size", "width", default=7168),
+        key("intermediate_size", "block.ffn.hidden", default=18432),
+        Depth("num_hidden_layers", 61),
+        Dense(experts, lambda layers: {"first_k_dense_replace": layers}),
+        *latent("block", 128, 1536),
+        Named("hidden_act", GATED, "silu"),
+        key("rms_norm_eps", "final_norm.epsilon", "block.norm.epsilon", default=1e-6),
+        key("tie_word_embeddings", "tied", default=False),
+        Rotary(),
+        key("rope_interleave", "block.mixer.position.interleaved", default=True, to=bool),
+        Mscale(),
+        Spread(),
+    ),
+    tensors=TENSORS,
+    layer_tensors=(*LATENT, *GATED_MLP, *PRE_NORMS),
+    # The module that predicts a second token lies in a layer after the last.
+    ignored=(r"rotary_emb\.inv_freq$", r"^model\.layers\.61\."),
+)

@@ -1,0 +1,90 @@
+"""What attention remembers: some arrays for every token that a later one may see."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from efficient_lm.models.context import Context
+from efficient_lm.models.mixers.base import Cache
+
+
+@dataclass(frozen=True)
+class TokenCache:
+    """A slot for every token, or a ring of slots behind the kept tokens where there is a window.
+
+    A cache holds `positions` and `segment_ids` int32 ``[batch, slots]`` (0 marks an empty slot), `seen` int32
+    ``[batch]``, the number of tokens written so far, and the values of each token ``[batch, slots, ...]`` by name.
+
+    Attributes:
+        window: tokens that a token sees, itself included; None sees all.
+        kept: first tokens of a document that stay beyond the window.
+    """
+
+    window: int | None = None
+    kept: int = 0
+
+    def empty(self, batch: int, length: int, dtype: jax.typing.DTypeLike, **shapes: tuple[int, ...]) -> Cache:
+        """A cache for `length` tokens, or for the kept tokens and one window where that is less.
+
+        `shapes` are those of one token's values, by name.
+        """
+        slots = length if self.window is None else min(length, self.kept + self.window)
+        integers = jnp.zeros((batch, slots), jnp.int32)
+        values = {name: jnp.zeros((batch, slots, *shape), dtype) for name, shape in shapes.items()}
+        return {**values, "positions": integers, "segment_ids": integers, "seen": jnp.zeros((batch,), jnp.int32)}
+
+    def remember(self, cache: Cache, context: Context, **values: jax.Array) -> Cache:
+        """Write these tokens; padding is not written, nor what a later token of the same piece would overwrite."""
+        real = context.segment_ids != 0
+        order = cache["seen"][:, None] + jnp.cumsum(real, axis=1) - 1
+        slot, end = order, cache["seen"] + jnp.sum(real, axis=1)
+        write, ring = real, self._ring(cache)
+        if ring is not None:
+            last = jnp.max(context.segment_ids, 1, keepdims=True)
+            first = (context.positions < self.kept) & (context.segment_ids == last)
+            slot = jnp.where(first, context.positions, self.kept + order % ring)
+            write = real & (first | (order >= end[:, None] - ring))
+        slot = jnp.where(write, slot, cache["positions"].shape[1])
+        row = jnp.arange(real.shape[0])[:, None]
+        written = {
+            name: cache[name].at[row, slot].set(value.astype(cache[name].dtype), mode="drop")
+            for name, value in _with_places(context, values).items()
+        }
+        return {**written, "seen": end}
+
+    def visible(self, old: Cache, new: Cache, context: Context, **values: jax.Array) -> Cache:
+        """What the tokens of a piece look at, given the cache before and after them.
+
+        Single tokens overwrite what no query sees any more; longer pieces also look at what they would overwrite.
+        """
+        if context.segment_ids.shape[1] == 1 or self._ring(old) is None:
+            return new
+        return {
+            name: jnp.concatenate([old[name], value.astype(old[name].dtype)], axis=1)
+            for name, value in _with_places(context, values).items()
+        }
+
+    def _ring(self, cache: Cache) -> int | None:
+        """Slots of the ring behind the kept tokens; None if there is no window and every token keeps its slot."""
+        return None if self.window is None else max(cache["positions"].shape[1] - self.kept, 1)
+
+
+def places(context: Context, visible: Cache) -> dict[str, jax.Array]:
+    """For `kernels_pallas.attention`: where queries are and what they look at, in order and document."""
+    return {
+        "segment_ids": context.segment_ids, "key_segment_ids": visible["segment_ids"],
+        "query_positions": context.positions, "key_positions": visible["positions"],
+    }  # fmt: skip
+
+
+def mean_seen(context_length: int, window: int | None, kept: int) -> float:
+    """Tokens that one token attends to, averaged over a sequence."""
+    window = min(window or context_length, context_length)
+    ramp = window * (window + 1) / 2 + (context_length - window) * window
+    kept = min(kept, max(context_length - window, 0))
+    return (ramp + kept * (context_length - window - kept / 2)) / context_length
+
+
+def _with_places(context: Context, values: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    return {**values, "positions": context.positions, "segment_ids": context.segment_ids}
