@@ -5,13 +5,13 @@ The corrections u_i = beta_i (v_i - what the state holds under k_i just before) 
 system is solved by substitution: with nearly parallel keys and beta near 2 its inverse is huge.
 """
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from kernels_pallas.chunks import recomputed, scan_chunks
-from kernels_pallas.decay import BLOCK, channel_decays, channel_pairs, head_decays
+from kernels_pallas.decay import channel_decays, channel_pairs, head_decays
 from kernels_pallas.delta_rule import reference
+from kernels_pallas.delta_rule.substitution import BLOCK, solve
 
 
 def delta_rule(q, k, v, beta, log_decay, state, document, *, chunk_size: int | None):
@@ -22,9 +22,8 @@ def delta_rule(q, k, v, beta, log_decay, state, document, *, chunk_size: int | N
     if q.shape[1] == 1:
         return reference.delta_rule(q, k, v, beta, log_decay, state, document)
     size = min(chunk_size or 64, q.shape[1])
-    rule = _PER_HEAD
-    if log_decay is not None and log_decay.ndim == 4:
-        size, rule = -(-size // BLOCK) * BLOCK, _PER_CHANNEL
+    size = -(-size // BLOCK) * BLOCK
+    rule = _PER_CHANNEL if log_decay is not None and log_decay.ndim == 4 else _PER_HEAD
     return scan_chunks(rule, size, state, document, (q, k, v, beta, log_decay))
 
 
@@ -70,7 +69,7 @@ def _advance(state, v, beta, reads, overlaps, q_in, k_in, k_out, whole):
     below = np.tri(v.shape[2], k=-1, dtype=bool)
     system = jnp.where(below, beta[..., None] * overlaps, 0)
     wanted = beta[..., None] * (v - k_in @ state)
-    changes = jax.lax.linalg.triangular_solve(system, wanted, left_side=True, lower=True, unit_diagonal=True)
+    changes = solve(system, wanted)
     y = q_in @ state + reads @ changes
     return whole[..., None] * state + jnp.einsum("bhjk,bhjv->bhkv", k_out, changes), y
 

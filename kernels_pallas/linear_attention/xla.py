@@ -15,8 +15,11 @@ from kernels_pallas.linear_attention import reference
 def linear_attention(q, k, v, log_decay, state, document, *, chunk_size: int | None):
     """q, k [B,T,G,K], v [B,T,H,V], log_decay None, [B,T,H] or [B,T,H,K], state [B,H,K,V] -> y as v, state."""
     time = q.shape[1]
-    size = min(chunk_size or 64, time)
-    if log_decay is not None and log_decay.ndim == 4:
+    if time == 1:
+        return reference.linear_attention(q, k, v, log_decay, state, document)
+    per_channel = log_decay is not None and log_decay.ndim == 4
+    size = min(chunk_size or (32 if per_channel else 64), time)
+    if per_channel:
         size = -(-size // BLOCK) * BLOCK
         return scan_chunks(_PER_CHANNEL, size, state, document, (q, k, v, log_decay))
     return scan_chunks(_PER_HEAD, size, state, document, (q, k, v, log_decay))
