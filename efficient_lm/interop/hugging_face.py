@@ -211,10 +211,11 @@ def expressed(spec: ModelSpec, origin: Origin | None) -> tuple[Family, Config]:
             faults.append((FAMILIES[family], fault))
     family, fault = faults[0]
     path, *values = fault.args
-    shown = f" is {values[0]!r}" + (f", and {family.model_type} has {values[1]!r}" if len(values) > 1 else "")
+    shown = f" is {values[0]!r}" if values else ""
+    shown += f", and {family.model_type} has {values[1]!r}" if len(values) > 1 else ""
     raise ConfigError(
         f"no published family ({', '.join(FAMILIES)}) can express this model; of {family.model_type}: "
-        f"{path}{shown if values else ''}"
+        f"{path}{shown}"
     )
 
 

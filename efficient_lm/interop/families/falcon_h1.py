@@ -75,13 +75,15 @@ FAMILY = Family(
     model_type="falcon_h1",
     architecture="FalconH1ForCausalLM",
     model=MODEL,
-    block={
-        "mixer": {
-            "kind": "parallel",
-            "first": {"mixer": {"kind": "mamba2"}},
-            "second": {"mixer": {"kind": "attention"}},
-        },
-        "norm": RMS,
+    block={"norm": RMS},
+    kinds={
+        "layer": {
+            "mixer": {
+                "kind": "parallel",
+                "first": {"mixer": {"kind": "mamba2"}},
+                "second": {"mixer": {"kind": "attention"}},
+            }
+        }
     },
     keys=(
         Depth("num_hidden_layers", 32),

@@ -9,11 +9,8 @@ FAMILY = Family(
     model_type="falcon_mamba",
     architecture="FalconMambaForCausalLM",
     model=MODEL,
-    block={
-        "mixer": {"kind": "mamba", "inner_norm": {"kind": "rmsnorm", "scale": False}},
-        "ffn": None,
-        "norm": RMS,
-    },
+    block={"ffn": None, "norm": RMS},
+    kinds={"layer": {"mixer": {"kind": "mamba", "inner_norm": {"kind": "rmsnorm", "scale": False}}}},
     keys=(*keys(), key("mixer_rms_eps", "block.mixer.inner_norm.epsilon", default=1e-6)),
     tensors=TENSORS,
     layer_tensors=(*norm("norm", "mixer.input_norm"), *selective("mixer")),

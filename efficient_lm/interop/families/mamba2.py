@@ -62,7 +62,8 @@ class Heads:
     def write(self, layers: Layers, config: Config) -> None:
         heads, size = (layers.get(f"{self.scope}.mixer.{name}") for name in ("heads", "head_size"))
         if heads is ABSENT:
-            return
+            # Layers that there are none of must still add up when the config is read.
+            heads, size = 1, self.expand[1] * layers.spec.width
         config |= {self.heads[0]: heads, self.size[0]: size}
         if self.inner:
             config[self.inner[0]] = heads * size
@@ -92,7 +93,8 @@ FAMILY = Family(
     model_type="mamba2",
     architecture="Mamba2ForCausalLM",
     model=MODEL,
-    block={"mixer": {"kind": "mamba2"}, "ffn": None, "norm": RMS},
+    block={"ffn": None, "norm": RMS},
+    kinds={"layer": {"mixer": {"kind": "mamba2"}}},
     keys=(
         key("vocab_size", "vocab_size", default=32768),
         key("hidden_size", "width", default=4096),
