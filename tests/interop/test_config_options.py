@@ -58,6 +58,25 @@ OPTIONS = [
     ("gpt2", {"reorder_and_upcast_attn": True}, lambda s: mixer(s).scale, None),
     ("diffllama", {"lambda_std_dev": 0.3}, lambda s: mixer(s).lambda_std, 0.3),
     ("olmo2", {"attention_bias": True}, lambda s: mixer(s).qk_norm_over, "all"),
+    ("olmo_hybrid", {"linear_allow_neg_eigval": False}, lambda s: mixer(s).negative_eigenvalues, False),
+    ("olmo_hybrid", {"linear_key_head_dim": None, "linear_value_head_dim": None},
+     lambda s: (mixer(s).key_size, mixer(s).value_size), (12, 24)),
+    ("olmo_hybrid", {"rope_parameters": {"rope_theta": None}}, lambda s: mixer(s, 3).position.kind, "none"),
+    ("olmo_hybrid", {"hidden_act": "gelu"}, lambda s: (mixer(s).activation, s.layers()[3].ffn.kind), ("gelu", "geglu")),
+    ("qwen3_next_dense", {"layer_types": ..., "full_attention_interval": 2},
+     lambda s: [layer.mixer.kind for layer in s.layers()], ["gated_delta_net", "attention"] * 2),
+    ("qwen3_next_dense", {"mlp_only_layers": [], "num_experts": 0}, lambda s: mixer(s, 3).position.fraction, 0.25),
+    ("qwen3_next_dense", {"mlp_only_layers": [1], "decoder_sparse_step": 4, "num_hidden_layers": 3},
+     lambda s: mixer(s, 2).heads, 4),
+    ("kimi_linear_dense", {"layer_types": ..., "linear_attn_config": {
+        "full_attn_layers": [2], "kda_layers": [1, 3, 4], "head_dim": 6, "num_heads": 3, "short_conv_kernel_size": 2}},
+     lambda s: (mixer(s, 1).kind, mixer(s).key_size, mixer(s).heads, mixer(s).convolution), ("multi_latent", 6, 3, 2)),
+    ("kimi_linear_dense", {"mlp_layer_types": ..., "first_k_dense_replace": 4}, lambda s: mixer(s, 3).rotary_size, 8),
+    ("deepseek_v3_dense", {"rope_interleave": False}, lambda s: mixer(s).position.interleaved, False),
+    ("deepseek_v3_dense", {"q_lora_rank": None}, lambda s: mixer(s).query_rank, None),
+    ("deepseek_v3_dense", {"rope_parameters": ..., "rope_scaling": {
+        "type": "yarn", "factor": 40, "original_max_position_embeddings": 32, "mscale": 1.0, "mscale_all_dim": 1.0}},
+     lambda s: (mixer(s).mscale, mixer(s).position.scaling.attention_factor), (1.0, 1.0)),
 ]  # fmt: skip
 
 
@@ -86,7 +105,16 @@ REFUSED = [
     ("gpt_neox", {"head_dim": 16}, "head_dim: 16 is not supported"),
     ("gpt2", {"add_cross_attention": True}, "add_cross_attention: True"),
     ("gpt2", {"activation_function": "gelu_10"}, "activation_function: 'gelu_10'"),
-]
+    ("qwen3_next_dense", {"mlp_only_layers": [0, 2]},
+     "mlp_only_layers: [0, 2] leaves experts in layer 1: mixture of experts is not supported"),
+    ("kimi_linear_dense", {"mlp_layer_types": ["dense", "sparse"] * 2},
+     "mlp_layer_types: 'sparse': mixture of experts is not supported"),
+    ("kimi_linear_dense", {"layer_types": ..., "linear_attn_config": {"full_attn_layers": [4], "kda_layers": [1]}},
+     "linear_attn_config: neither full_attn_layers nor kda_layers lists layer 2"),
+    ("deepseek_v3_dense", {"first_k_dense_replace": 1},
+     "first_k_dense_replace: 1 of 2 layers have no experts: mixture of experts is not supported"),
+    ("deepseek_v3_dense", {"num_key_value_heads": 2}, "num_key_value_heads: 2 is not supported"),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "changes", "message"), REFUSED)

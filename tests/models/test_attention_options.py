@@ -66,3 +66,22 @@ def test_the_scale_may_differ_by_layer():
     want = jax.jit(plain.logits)(params, ids)
     np.testing.assert_allclose(jax.jit(same.logits)(params, ids), want, atol=1e-6)
     assert np.abs(jax.jit(other.logits)(apart, ids) - want).max() > 1e-3
+
+
+def test_the_output_gate_multiplies_what_each_head_attended_to():
+    spec = AttentionSpec(heads=4, kv_heads=2, output_gate=True)
+    gated, plain = (
+        Blueprint(lambda spec=spec: spec.build(WIDTH, Initialization()))
+        for spec in (spec, AttentionSpec(heads=4, kv_heads=2))
+    )
+    params = jax.jit(gated.init)(jax.random.key(0))
+    x, rows = jax.random.normal(jax.random.key(1), (1, TIME, WIDTH)), Context.rows(1, TIME)
+    gate = 1 / (1 + np.exp(-np.einsum("bte,ehd->bthd", x, params["gate"]["weight"])))
+    # With an output map of one, what the heads attended to is read off.
+    eye = {"weight": jnp.eye(WIDTH).reshape(4, 8, WIDTH)}
+    rest = {name: value for name, value in params.items() if name != "gate"} | {"output": eye}
+    attended = plain(rest)(x, rows)[0].reshape(1, TIME, 4, 8)
+    got = gated({**params, "output": eye})(x, rows)[0].reshape(1, TIME, 4, 8)
+    np.testing.assert_allclose(got, attended * gate, atol=1e-5)
+    more = spec.flops_per_token(WIDTH, 9) - AttentionSpec(heads=4, kv_heads=2).flops_per_token(WIDTH, 9)
+    assert more == 2 * WIDTH * WIDTH
