@@ -2,7 +2,6 @@
 
 import argparse
 import datetime
-import importlib.metadata
 import json
 import os
 import platform
@@ -12,6 +11,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import jax
+
+from efficient_lm.runtime import processor
+from efficient_lm.runtime import surroundings as surroundings
 
 
 def race(functions: Mapping[str, Callable], arguments: tuple, rounds: int) -> dict[str, dict[str, float]]:
@@ -57,32 +59,13 @@ def machine() -> dict[str, object]:
     return {
         "device": jax.devices()[0].device_kind,
         "backend": jax.default_backend(),
-        "processor": _processor(),
+        "processor": processor(),
         "cores": os.cpu_count(),
         "load": round(os.getloadavg()[0], 2),
         "jax": jax.__version__,
         "python": platform.python_version(),
         "date": datetime.date.today().isoformat(),
     }
-
-
-def surroundings(*packages: str) -> dict[str, object]:
-    """What a figure depends on besides the code, with the versions of packages."""
-    device = jax.devices()[0]
-    return {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "device": f"{jax.device_count()} x {device.platform} {device.device_kind}",
-        "cpu": f"{os.cpu_count()} x {_processor()}",
-        "load_before": round(os.getloadavg()[0], 2),
-        "versions": {name: importlib.metadata.version(name) for name in packages},
-    }
-
-
-def _processor() -> str:
-    facts = Path("/proc/cpuinfo")
-    lines = facts.read_text().splitlines() if facts.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 def command_line(description: str) -> argparse.Namespace:

@@ -1,7 +1,10 @@
-"""The process around a run: where compiled programs are kept, and how messages look. Import before jax."""
+"""The process around a run: where compiled programs are kept, how messages look, what it runs on. Import before jax."""
 
+import datetime
+import importlib.metadata
 import logging
 import os
+import platform
 import sys
 from pathlib import Path
 from typing import TextIO
@@ -49,3 +52,25 @@ def configure_logging() -> None:
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("efficient_lm").setLevel(logging.INFO)
     logging.getLogger("absl").setLevel(logging.ERROR)
+
+
+def surroundings(*packages: str) -> dict[str, object]:
+    """What a figure depends on besides the code, with the versions of packages."""
+    import jax
+
+    device = jax.devices()[0]
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "device": f"{jax.device_count()} x {device.platform} {device.device_kind}",
+        "cpu": f"{os.cpu_count()} x {processor()}",
+        "load_before": round(os.getloadavg()[0], 2),
+        "versions": {name: importlib.metadata.version(name) for name in packages},
+    }
+
+
+def processor() -> str:
+    """The CPU's name."""
+    facts = Path("/proc/cpuinfo")
+    lines = facts.read_text().splitlines() if facts.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()

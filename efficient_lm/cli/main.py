@@ -5,7 +5,7 @@ import importlib
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -35,8 +35,13 @@ class _Parser(argparse.ArgumentParser):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    return guarded(lambda: _run(arguments), "--traceback" in arguments)
+
+
+def guarded(run: Callable[[], int], show_traceback: bool = False) -> int:
+    """The exit status of `run`; a fault becomes a line on stderr and its status."""
     try:
-        status = _run(arguments)
+        status = run()
         sys.stdout.flush()
         return status
     except BrokenPipeError:
@@ -48,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return INTERRUPTED
     except Exception as error:
         fault = error if isinstance(error, UserError) else _resources(error)
-        if fault is None or "--traceback" in arguments:
+        if fault is None or show_traceback:
             traceback.print_exc()
         if fault is not None:
             _print_fault(fault)
