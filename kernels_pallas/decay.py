@@ -40,7 +40,9 @@ def head_decays(log_decay, marks, chunk: int, dtype) -> HeadDecays:
         exponents = sum(part[..., :, None] - part[..., None, :] for part in rows)
         pairs = jnp.exp(jnp.where(row > column, exponents, 0))
         entering = jnp.exp(sums[0] + sums[1])
-        leaving = jnp.exp(sum(part[:, -1:] - part for part in sums))
+        # The last token leaves undecayed: its constant must not pass through the sums' gradient, where it would drown all.
+        earlier = (np.arange(chunk) < chunk - 1)[:, None]
+        leaving = jnp.exp(jnp.where(earlier, sum(part[:, -1:] - part for part in sums), 0))
         whole = entering[:, -1]
     seen = row >= column
     if marks is not None:
