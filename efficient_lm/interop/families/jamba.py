@@ -1,12 +1,11 @@
 """Jamba (Lieber et al. 2024) without experts: Mamba with norms of Δ, B and C, and attention once in a period."""
 
-from efficient_lm.errors import ConfigError
 from efficient_lm.interop.description import Tensor, norm
 from efficient_lm.interop.families.bamba import FEED_FORWARD, TENSORS, activated
 from efficient_lm.interop.families.base import Family
 from efficient_lm.interop.families.llama import MODEL, RMS, attention, shape
 from efficient_lm.interop.families.mamba import rank, selective, whole
-from efficient_lm.interop.keys import Config, Draft, Inexpressible, Layers, Pattern, Spread, count, key
+from efficient_lm.interop.keys import Config, Dense, Inexpressible, Pattern, Spread, count, key
 
 INNER_NORMS: tuple[Tensor, ...] = (
     *norm("mamba.dt_layernorm", "mixer.inner.dt_norm"),
@@ -32,17 +31,11 @@ def _keys(names: list[str]) -> Config:
     return config
 
 
-class NoExperts:
-    """`num_experts` and where they are: layers with more than one are not supported."""
-
-    def read(self, config: Config, draft: Draft) -> None:
-        experts, period = config.get("num_experts", 16), count(config, "expert_layer_period", 2)
-        offset, layers = config.get("expert_layer_offset", 1), count(config, "num_hidden_layers", 32)
-        if experts > 1 and any(index % period == offset for index in range(layers)):
-            raise ConfigError(f"num_experts: {experts}, but mixture of experts is not supported; 1 is")
-
-    def write(self, layers: Layers, config: Config) -> None:
-        config["num_experts"] = 1
+def _experts(config: Config) -> str | None:
+    number, period = config.get("num_experts", 16), count(config, "expert_layer_period", 2)
+    offset, layers = config.get("expert_layer_offset", 1), count(config, "num_hidden_layers", 32)
+    placed = any(index % period == offset for index in range(layers))
+    return f"num_experts: {number}" if number > 1 and placed else None
 
 
 FAMILY = Family(
@@ -55,7 +48,7 @@ FAMILY = Family(
         "attend": {"mixer": {"kind": "attention", "position": {"kind": "none"}}},
     },
     keys=(
-        NoExperts(),
+        Dense(_experts, lambda layers: {"num_experts": 1}),
         Pattern(_names, _keys),
         *shape(65536, 4096, 32, 8, 14336, scope="attend"),
         key("head_dim", "attend.mixer.head_size", default=None),

@@ -2,7 +2,7 @@
 
 from efficient_lm.interop.description import Rows, Source, Tensor, fused, linear, norm, table
 from efficient_lm.interop.families.base import Family
-from efficient_lm.interop.keys import ACTIVATIONS, Binding, Depth, Named, Spread, key
+from efficient_lm.interop.keys import ACTIVATIONS, Binding, Depth, Inexpressible, Named, Spread, key
 
 RMS = {"kind": "rmsnorm"}
 MODEL = {"final_norm": RMS}
@@ -43,9 +43,11 @@ def convolved(name: str, *paths: str) -> Named:
     return Named(name, {theirs: dict.fromkeys(paths, ours) for theirs, ours in ACTIVATIONS.items()}, "silu")
 
 
-def whole(number: float) -> float | int:
-    """A whole number as an int."""
-    return int(number) if float(number).is_integer() else number
+def whole(factor: float) -> int:
+    """A factor of the width as published configs have it. Raises `Inexpressible` for one that is not whole."""
+    if not float(factor).is_integer():
+        raise Inexpressible("block.mixer.expand", factor)
+    return int(factor)
 
 
 def rank(name: str, path: str) -> Binding:

@@ -25,7 +25,7 @@ def _names(config: Config) -> list[str]:
         types = [LETTERS.get(letter, letter) for letter in letters]
     for kind in types:
         if kind == "moe":
-            raise ConfigError(f"{name}: has layers of experts, but mixture of experts is not supported")
+            raise ConfigError(f"{name}: moe: mixture of experts is not supported")
         if kind not in KINDS:
             raise ConfigError(f"{name}: '{kind}' is not supported; {nearest(str(kind), KINDS)}")
     return [KINDS[kind] for kind in types]

@@ -43,7 +43,7 @@ class Mamba2Spec(MixerSpec):
         activation: after the convolution.
         bias, output_bias: biases of the maps that read x, and of W_o.
         norm: ``gate_first`` as above, ``norm_first``: ``rms(y) w silu(z)``, None: ``y silu(z)`` (Falcon-H1).
-        norm_epsilon: of that norm.
+        norm_epsilon: of that norm, if there is one.
         dt_limit: least and largest Δ; no largest if null.
         multipliers: constant factors of z, u, B, C and Δ as they leave their maps (Falcon-H1).
         chunk_size, implementation: see `kernels_pallas.linear_attention`.
@@ -92,7 +92,8 @@ class Mamba2Spec(MixerSpec):
 
     def resolved(self, width: int) -> "Mamba2Spec":
         sizes = {"heads": self.head_count(width), "head_size": self.size_per_head(width)}
-        return self.model_copy(update={**sizes, "expand": self.inner_size(width) / width})
+        unread = {} if self.norm else {"norm_epsilon": type(self).model_fields["norm_epsilon"].default}
+        return self.model_copy(update={**sizes, **unread, "expand": self.inner_size(width) / width})
 
     def build(self, width: int, init: Initialization) -> nnx.Module:
         return Mamba2(self, width, init)
