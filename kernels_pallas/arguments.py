@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 # exp(floor) is 0 in the dtype of the state, so a lower log-decay says nothing more.
 _FLOORS = {"float32": -104.0, "float64": -746.0}
@@ -31,8 +32,9 @@ def check_sign(op: str, name: str, value, sign: int) -> None:
     """Raise ValueError if a value that can be seen (no tracer) has somewhere the opposite of `sign`."""
     if value is None or isinstance(value, jax.core.Tracer) or not getattr(value, "is_fully_addressable", True):
         return
-    if bool(jnp.any(value * sign < 0)):
-        worst = float(jnp.max(value) if sign < 0 else jnp.min(value))
+    seen = np.asarray(value)  # in jax.numpy a constant would become a tracer under jit
+    if np.any(seen > 0 if sign < 0 else seen < 0):
+        worst = float(seen.max() if sign < 0 else seen.min())
         raise ValueError(f"{op}: {name} must be {'at least' if sign > 0 else 'at most'} 0 everywhere, not {worst:g}")
 
 

@@ -15,6 +15,8 @@ import numpy as np
 BLOCK = 16  # tokens, of which all pairs are at most four anchors away
 _GRID = 16.0  # cumulative sums of multiples of 1 / 16 are exact in float32
 
+_highest = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+
 
 class HeadDecays(NamedTuple):
     """Of a chunk, per head, zero between documents: [B, C, H] or without decay [1 or B, C, 1], and so on."""
@@ -35,14 +37,12 @@ def head_decays(log_decay, marks, chunk: int, dtype) -> HeadDecays:
     else:
         # Two sums, one exact and one small, so that a difference loses nothing beside violent decays.
         coarse = jax.lax.stop_gradient(jnp.round(log_decay * _GRID) / _GRID)
-        sums = [jnp.cumsum(part, axis=1) for part in (coarse, log_decay - coarse)]
-        rows = [part.swapaxes(1, 2) for part in sums]
-        exponents = sum(part[..., :, None] - part[..., None, :] for part in rows)
+        sums = [jnp.cumsum(part, axis=1).swapaxes(1, 2) for part in (coarse, log_decay - coarse)]
+        exponents = sum(part[..., :, None] - part[..., None, :] for part in sums)
         pairs = jnp.exp(jnp.where(row > column, exponents, 0))
-        entering = jnp.exp(sums[0] + sums[1])
-        # The last token leaves undecayed: its constant must not pass through the sums' gradient, where it would drown all.
-        earlier = (np.arange(chunk) < chunk - 1)[:, None]
-        leaving = jnp.exp(jnp.where(earlier, sum(part[:, -1:] - part for part in sums), 0))
+        # Sums of what lies between, not differences, whose gradients would drown small ones beside large ones.
+        entering = jnp.exp(_highest("ts,bsh->bth", (row >= column).astype(dtype), log_decay))
+        leaving = jnp.exp(_highest("ts,bsh->bth", (row < column).astype(dtype), log_decay))
         whole = entering[:, -1]
     seen = row >= column
     if marks is not None:
@@ -71,14 +71,13 @@ def channel_decays(log_decay) -> ChannelDecays:
     blocks = chunk // BLOCK
     log_decay = log_decay.transpose(0, 2, 1, 3).reshape(batch, heads, blocks, BLOCK, width)
     ranges = jnp.asarray(_ranges(), log_decay.dtype)
-    highest = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
-    within = jnp.exp(highest("lts,bhisk->bhiltk", ranges, log_decay))
+    within = jnp.exp(_highest("lts,bhisk->bhiltk", ranges, log_decay))
     totals = jnp.sum(log_decay, axis=3)
     index = np.arange(blocks)
     middle = (index[:, None] < index[None]).T[:, :, None] & (index[None, None] < index[:, None, None])
     middle &= index[None, None] > index[None, :, None]
     spans = np.concatenate([middle, np.tri(blocks, k=-1, dtype=bool)[:, None], ~np.tri(blocks, dtype=bool)[:, None]], 1)
-    outer = jnp.exp(highest("ijm,bhmk->bhijk", jnp.asarray(spans, log_decay.dtype), totals))
+    outer = jnp.exp(_highest("ijm,bhmk->bhijk", jnp.asarray(spans, log_decay.dtype), totals))
     prefix, suffix = within[:, :, :, 4], within[:, :, :, 5]
     shape = (batch, heads, chunk, width)
     return ChannelDecays(
