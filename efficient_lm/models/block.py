@@ -17,6 +17,13 @@ from efficient_lm.models.parameters import Initialization
 from efficient_lm.spec import OneOf, Positive, Spec
 
 
+class Halves(Spec):
+    """A factor for each half of a block."""
+
+    mixer: Positive = 1.0
+    ffn: Positive = 1.0
+
+
 class BlockSpec(Spec):
     """A residual block.
 
@@ -24,19 +31,23 @@ class BlockSpec(Spec):
         mixer, ffn: the two halves; either may be null, not both.
         norm: the norm at the place that `norm_position` names.
         norm_position: ``pre``: ``x + f(norm(x))``; ``post``: ``norm(x + f(x))`` (Vaswani et al. 2017);
-            ``output``: ``x + norm(f(x))`` (OLMo 2); ``sandwich``: ``x + norm(f(norm(x)))`` (Gemma 2).
+            ``output``: ``x + norm(f(x))`` (OLMo 2); ``sandwich``: ``x + norm(f(norm(x)))`` (Gemma 2);
+            ``stream``: ``norm(x) + f(norm(x))`` (MiniMax-01).
         residual: ``sequential`` runs the ffn on the mixer's result, ``parallel`` both on the same input (GPT-J, PaLM).
         shared_norm: with ``parallel``, one input norm for both halves.
-        residual_multiplier: factor of both halves' outputs.
+        residual_multiplier: factor of the halves' outputs, one for both or one for each.
+        stream_multiplier: factor of what a half's output is added to, one for both or one for each (DeepNorm, Wang et
+            al. 2022, with ``post``).
     """
 
     mixer: OneOf[MixerSpec] | None
     ffn: OneOf[FFNSpec] | None = None
     norm: OneOf[NormSpec] = RMSNormSpec()
-    norm_position: Literal["pre", "post", "output", "sandwich"] = "pre"
+    norm_position: Literal["pre", "post", "output", "sandwich", "stream"] = "pre"
     residual: Literal["sequential", "parallel"] = "sequential"
     shared_norm: bool = False
-    residual_multiplier: Positive = 1.0
+    residual_multiplier: Positive | Halves = 1.0
+    stream_multiplier: Positive | Halves = 1.0
 
     def faults(self, width: int) -> Iterator[tuple[str, str]]:
         """What cannot work in a model of this width: pairs of (key, message)."""
@@ -44,6 +55,10 @@ class BlockSpec(Spec):
             yield "mixer", "a block needs a mixer or an ffn"
         if self.shared_norm and (self.residual != "parallel" or self.norm_position not in ("pre", "sandwich")):
             yield "shared_norm", "needs residual: parallel and norm_position: pre or sandwich"
+        if self.residual == "parallel" and self.norm_position == "stream":
+            yield "norm_position", "stream needs residual: sequential, for parallel halves share one stream"
+        if self.residual == "parallel" and isinstance(self.stream_multiplier, Halves):
+            yield "stream_multiplier", "parallel halves share one stream: give one factor"
         for name, half in (("mixer", self.mixer), ("ffn", self.ffn)):
             if half is not None:
                 yield from ((f"{name}.{key}", message) for key, message in half.faults(width))
@@ -51,7 +66,11 @@ class BlockSpec(Spec):
     def resolved(self, width: int) -> "BlockSpec":
         """The same with every size that follows from the width filled in."""
         halves = {"mixer": self.mixer, "ffn": self.ffn}
-        return self.model_copy(update={name: half and half.resolved(width) for name, half in halves.items()})
+        changes = {name: half and half.resolved(width) for name, half in halves.items()}
+        for name in ("residual_multiplier", "stream_multiplier"):
+            factors = factors_of(getattr(self, name))
+            changes[name] = factors.mixer if factors.mixer == factors.ffn else factors
+        return self.model_copy(update=changes)
 
     def build(self, width: int, init: Initialization) -> "Block":
         return Block(self, width, init)
@@ -62,36 +81,43 @@ class BlockSpec(Spec):
         return mixer + (self.ffn.flops_per_token(width) if self.ffn else 0.0)
 
 
+def factors_of(multiplier: float | Halves) -> Halves:
+    """The factor of each half."""
+    return multiplier if isinstance(multiplier, Halves) else Halves(mixer=multiplier, ffn=multiplier)
+
+
 class Half(nnx.Module):
     """One half of a block with its norms: `inner(x, *rest) -> (y, extra)`."""
 
-    def __init__(self, inner: nnx.Module, spec: BlockSpec, width: int, input_norm: bool):
+    def __init__(self, name: str, inner: nnx.Module, spec: BlockSpec, width: int):
         def norm(*places: str) -> nnx.Module | None:
             return spec.norm.build(width) if spec.norm_position in places else None
 
-        self.inner, self.multiplier = inner, spec.residual_multiplier
-        self.input_norm = norm("pre", "sandwich") if input_norm else None
+        self.inner = inner
+        self.multiplier = getattr(factors_of(spec.residual_multiplier), name)
+        self.stream_multiplier = getattr(factors_of(spec.stream_multiplier), name)
+        self.stream_norm = norm("stream")
+        self.input_norm = None if spec.shared_norm else norm("pre", "sandwich")
         self.output_norm = norm("output", "sandwich")
 
     def __call__(self, x: jax.Array, *rest: Any) -> tuple[jax.Array, Any]:
         """What this half adds to the residual stream `x [batch, time, width]`, and its extra result."""
         y, extra = self.inner(_normed(self.input_norm, x), *rest)
-        y = _normed(self.output_norm, y)
-        return y if self.multiplier == 1.0 else y * self.multiplier, extra
+        return _times(_normed(self.output_norm, y), self.multiplier), extra
 
 
 class Block(nnx.Module):
     def __init__(self, spec: BlockSpec, width: int, init: Initialization):
         self.parallel = spec.residual == "parallel"
 
-        def half(part: MixerSpec | FFNSpec | None) -> Half | None:
-            inner = part and part.build(width, init)
-            return inner and Half(inner, spec, width, input_norm=not spec.shared_norm)
+        def half(name: str) -> Half | None:
+            part: MixerSpec | FFNSpec | None = getattr(spec, name)
+            return part and Half(name, part.build(width, init), spec, width)
 
         def post_norm(wanted: object) -> nnx.Module | None:
             return spec.norm.build(width) if spec.norm_position == "post" and wanted else None
 
-        self.mixer, self.ffn = half(spec.mixer), half(spec.ffn)
+        self.mixer, self.ffn = half("mixer"), half("ffn")
         self.shared_norm = spec.norm.build(width) if spec.shared_norm else None
         self.mixer_norm = post_norm(spec.mixer and not self.parallel)
         self.ffn_norm = post_norm(spec.ffn and not self.parallel)
@@ -109,18 +135,23 @@ class Block(nnx.Module):
     ) -> tuple[jax.Array, Cache | None, Auxiliary]:
         auxiliary: Auxiliary = {}
         if self.mixer is not None:
+            x = _normed(self.mixer.stream_norm, x)
             y, cache = self.mixer(x, context, cache)
-            x = _normed(self.mixer_norm, x + checkpoint_name(y, "mixer_output"))
+            stream = _times(x, self.mixer.stream_multiplier)
+            x = _normed(self.mixer_norm, stream + checkpoint_name(y, "mixer_output"))
         if self.ffn is not None:
+            x = _normed(self.ffn.stream_norm, x)
             y, auxiliary = self.ffn(x, context)
-            x = _normed(self.ffn_norm, x + checkpoint_name(y, "ffn_output"))
+            stream = _times(x, self.ffn.stream_multiplier)
+            x = _normed(self.ffn_norm, stream + checkpoint_name(y, "ffn_output"))
         return x, cache, auxiliary
 
     def _parallel(
         self, x: jax.Array, context: Context, cache: Cache | None
     ) -> tuple[jax.Array, Cache | None, Auxiliary]:
         auxiliary: Auxiliary = {}
-        source, total = _normed(self.shared_norm, x), x
+        source = _normed(self.shared_norm, x)
+        total = _times(x, (self.mixer or self.ffn).stream_multiplier)
         if self.mixer is not None:
             y, cache = self.mixer(source, context, cache)
             total = total + checkpoint_name(y, "mixer_output")
@@ -131,7 +162,7 @@ class Block(nnx.Module):
 
     def mixer_input(self, x: jax.Array) -> jax.Array:
         """What the mixer reads of the residual stream `x [batch, time, width]`."""
-        return _normed(self.mixer.input_norm, _normed(self.shared_norm, x))
+        return _normed(self.mixer.input_norm, _normed(self.mixer.stream_norm, _normed(self.shared_norm, x)))
 
     def init_cache(self, batch: int, length: int, dtype: jax.typing.DTypeLike) -> Cache | None:
         """The mixer's empty cache."""
@@ -140,6 +171,10 @@ class Block(nnx.Module):
 
 def _normed(norm: nnx.Module | None, x: jax.Array) -> jax.Array:
     return x if norm is None else norm(x)
+
+
+def _times(x: jax.Array, factor: float) -> jax.Array:
+    return x if factor == 1.0 else x * factor
 
 
 REMAT_NAMES = ("attended", "query", "key", "value", "ffn_hidden", "mixer_output", "ffn_output")

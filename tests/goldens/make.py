@@ -90,6 +90,13 @@ FAMILIES = {
         "lfm2",
         {"layer_types": ["conv", "full_attention"] * 2, "num_hidden_layers": 4, "block_multiple_of": 16},
     ),
+    "minimax_dense": (
+        "minimax",
+        {
+            "layer_types": ["linear_attention", "full_attention"] * 2, "num_hidden_layers": 4, "block_size": 8,
+            "num_local_experts": 1, "num_experts_per_tok": 1, "linear_attn_alpha_factor": 1.5, "mlp_beta_factor": 0.7,
+        },
+    ),
 }  # fmt: skip
 
 ROWS, LENGTH, PROMPT, MADE = 2, 40, 20, 12

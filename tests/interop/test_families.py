@@ -26,15 +26,18 @@ NAMES = [
     "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "olmo2", "gpt_neox", "gpt2", "diffllama", "mamba",
     "falcon_mamba", "recurrent_gemma", "lfm2", "olmo_hybrid",
     "qwen3_next_dense", "kimi_linear_dense", "deepseek_v3_dense", "mamba2", "bamba", "falcon_h1", "jamba_dense",
-    "nemotron_h_dense",
+    "nemotron_h_dense", "minimax_dense",
 ]  # fmt: skip
-# What the reference names otherwise when it saves than in its modules; three convolutions are one of its modules.
+# What the reference names otherwise when it saves than in its modules; three convolutions are one of its modules,
+# and so are all experts.
 MODULES = {
     r"^embed_out\.": "lm_head.",
     r"^backbone\.": "model.",
     r"\.attention_layer_norm\.": ".input_layernorm.",
     r"\.feedforward_layer_norm\.": ".post_attention_layernorm.",
     r"\.[qkv]_conv1d\.": ".conv1d.",
+    r"\.block_sparse_moe\.experts\.0\.w[13]\.weight": ".mlp.experts.gate_up_proj",
+    r"\.block_sparse_moe\.experts\.0\.w2\.weight": ".mlp.experts.down_proj",
     r"\.self_attn\.(f_[ab]_proj|A_log|dt_bias)": r".self_attn.forget_gate.\1",
 }
 
@@ -77,8 +80,10 @@ def test_loss_and_every_gradient_norm(golden):
         for pattern, module in MODULES.items():
             name = name if name in golden.norms else re.sub(pattern, module, name)
         found[name] = np.hypot(found.get(name, 0.0), np.linalg.norm(array))
-    assert found.keys() == golden.norms.keys()
-    for name, want in golden.norms.items():
+    # A gradient of zero is that of a router that has a single expert to choose.
+    wanted = {name: norm for name, norm in golden.norms.items() if norm}
+    assert found.keys() == wanted.keys()
+    for name, want in wanted.items():
         np.testing.assert_allclose(found[name], want, rtol=1e-3, err_msg=name)
 
 
@@ -99,9 +104,10 @@ def test_greedy_tokens(golden):
 def test_back_to_the_bit(golden, tmp_path):
     folder = golden.model.to_hf(tmp_path / "out")
     before, after = (load_file(path / "model.safetensors") for path in (golden.folder, folder))
-    assert before.keys() == after.keys()
-    assert all(before[name].dtype == after[name].dtype for name in before)
-    assert all(before[name].tobytes() == after[name].tobytes() for name in before)
+    ignored = [name for name in before if any(re.search(pattern, name) for pattern in golden.family.ignored)]
+    assert before.keys() - set(ignored) == after.keys()
+    assert all(before[name].dtype == after[name].dtype for name in after)
+    assert all(before[name].tobytes() == after[name].tobytes() for name in after)
     config = json.loads((folder / "config.json").read_text())
     assert {name: config[name] for name in golden.config} == golden.config
     assert elm.from_hf(folder).config.model == golden.model.config.model

@@ -1,0 +1,133 @@
+"""MiniMax-01: lightning attention, and softmax attention in some layers; the residual stream itself is normed.
+
+Models of several experts are refused; the weights of a single one are those of a dense channel mixer.
+"""
+
+from efficient_lm.interop.description import InterleavedByHead, Source, Tensor, linear, norm
+from efficient_lm.interop.families.base import Family
+from efficient_lm.interop.families.llama import ATTENTION, RMS, TENSORS, shape
+from efficient_lm.interop.keys import (
+    ACTIVATIONS,
+    GATED,
+    Config,
+    Dense,
+    Draft,
+    Layers,
+    Named,
+    Spread,
+    get,
+    key,
+    listed,
+)
+from efficient_lm.interop.rotary import Rotary
+
+KINDS = {"linear_attention": "recurrent", "full_attention": "attend"}
+"""Type of a layer → name of our block."""
+
+PREFIXES = {"recurrent": "linear_attn", "attend": "full_attn"}
+"""Name of our block → how the factors of its mixer begin."""
+
+MULTIPLIERS = {"alpha": "stream_multiplier", "beta": "residual_multiplier"}
+"""How factors end → which of ours they are."""
+
+ACTIVATION = {
+    theirs: {
+        **gated,
+        "recurrent.mixer.activation": ACTIVATIONS[theirs],
+        "recurrent.mixer.value_activation": ACTIVATIONS[theirs],
+    }
+    for theirs, gated in GATED.items()
+}
+"""Activation of the channel mixer, which is also that of lightning attention's queries, keys and values."""
+
+SIZES = ("attend.mixer.head_size", "recurrent.mixer.key_size", "recurrent.mixer.value_size")
+
+
+def layer_type(config: Config, layer: int) -> str:
+    """Every other layer is linear."""
+    return "linear_attention" if layer % 2 else "full_attention"
+
+
+def experts(config: Config) -> str | None:
+    """How many experts there are, if several."""
+    count = config.get("num_local_experts", 8)
+    return None if count == 1 else f"num_local_experts: {count}"
+
+
+class Factors:
+    """Factors of the stream and of what is added to it, for each kind of mixer and for all channel mixers."""
+
+    def read(self, config: Config, draft: Draft) -> None:
+        for end, ours in MULTIPLIERS.items():
+            ffn = config.get(f"mlp_{end}_factor", 1)
+            for kind, prefix in PREFIXES.items():
+                draft.put(f"{kind}.{ours}", {"mixer": config.get(f"{prefix}_{end}_factor", 1), "ffn": ffn})
+
+    def write(self, layers: Layers, config: Config) -> None:
+        for end, ours in MULTIPLIERS.items():
+            for kind, factor in zip(layers.kinds, layers.each(ours), strict=True):
+                mixer, ffn = (get(factor, half) if isinstance(factor, dict) else factor for half in ("mixer", "ffn"))
+                config |= {f"{PREFIXES[kind]}_{end}_factor": mixer, f"mlp_{end}_factor": ffn}
+
+
+EXPERT: tuple[Tensor, ...] = (
+    *linear("block_sparse_moe.experts.0.w1", "ffn.inner.gate_up", 0),
+    *linear("block_sparse_moe.experts.0.w3", "ffn.inner.gate_up", 1),
+    *linear("block_sparse_moe.experts.0.w2", "ffn.inner.down"),
+)
+NORMS: tuple[Tensor, ...] = (
+    *norm("input_layernorm", "mixer.stream_norm"),
+    *norm("post_attention_layernorm", "ffn.stream_norm"),
+)
+MAPS = (
+    Source("mixer.inner.query_key.weight", 0),
+    Source("mixer.inner.query_key.weight", 1),
+    Source("mixer.inner.value.weight"),
+)
+
+FAMILY = Family(
+    model_type="minimax",
+    architecture="MiniMaxForCausalLM",
+    model={"final_norm": RMS},
+    block={"norm": RMS, "norm_position": "stream"},
+    kinds={
+        "recurrent": {
+            "mixer": {
+                "kind": "lightning", "gate_activation": "sigmoid", "decay": "geometric", "position": {"kind": "none"},
+                "norm": {"kind": "rmsnorm", "epsilon": 1e-6},
+            }
+        },
+        "attend": {"mixer": {"kind": "attention"}},
+    },
+    keys=(
+        *shape(32000, 4096, 32, 8, 14336, "attend"),
+        key("num_attention_heads", "recurrent.mixer.heads", default=32),
+        listed("layer_types", KINDS, layer_type, 32),
+        Dense(experts, lambda layers: {"num_local_experts": 1, "num_experts_per_tok": 1}),
+        key("head_dim", *SIZES, default=None),
+        key("sliding_window", "attend.mixer.window", default=None),
+        Named("hidden_act", ACTIVATION, "silu"),
+        key("rms_norm_eps", "final_norm.epsilon", "block.norm.epsilon", default=1e-5),
+        Factors(),
+        key("tie_word_embeddings", "tied", default=False),
+        Rotary(theta=1_000_000.0, scope="attend"),
+        Spread(),
+    ),
+    tensors=TENSORS,
+    layer_tensors={
+        "recurrent": (
+            Tensor("self_attn.qkv_proj.weight", MAPS, "torch", InterleavedByHead()),
+            *linear("self_attn.output_gate", "mixer.inner.gate"),
+            *linear("self_attn.out_proj", "mixer.inner.output"),
+            *norm("self_attn.norm", "mixer.inner.norm"),
+            *EXPERT,
+            *NORMS,
+        ),
+        "attend": (*ATTENTION, *EXPERT, *NORMS),
+    },
+    ignored=(
+        r"rotary_emb\.inv_freq$",
+        r"self_attn\.(slope_rate|query_decay|key_decay|diagonal_decay)$",
+        r"block_sparse_moe\.gate\.weight$",
+    ),
+)  # fmt: skip
