@@ -115,7 +115,7 @@ def test_without_selection_it_is_one_convolution():
 def test_log_decay_is_that_of_the_recurrence():
     spec, blueprint = blueprint_of()
     params, x = bold(blueprint), jax.random.normal(jax.random.key(2), (1, TIME, WIDTH))
-    decay = blueprint(params).log_decay(x, Context.rows(1, TIME))
+    decay = jax.jit(lambda params, x: blueprint(params).log_decay(x, Context.rows(1, TIME)))(params, x)
     assert decay.shape == (1, TIME, 48, 5) and decay.dtype == jnp.float32
     assert float(decay.max()) < 0
     ratio = decay / -jnp.exp(params["A_log"])

@@ -9,7 +9,7 @@ from jax.ad_checkpoint import checkpoint_name
 from efficient_lm.models.context import Context
 from efficient_lm.models.ffns.base import Auxiliary, FFNSpec
 from efficient_lm.models.layers.activations import ACTIVATIONS, Activation
-from efficient_lm.models.layers.linear import Linear
+from efficient_lm.models.layers.linear import Linear, scaled
 from efficient_lm.models.layers.ternary import TernaryLinear
 from efficient_lm.models.parameters import Initialization
 from efficient_lm.spec import Count, PerLayer, Positive
@@ -115,9 +115,7 @@ class Dense(nnx.Module):
         """`x [batch, time, width]` → the same shape and dtype, and nothing auxiliary."""
         if self.gated:
             both = checkpoint_name(self.gate_up(x), "ffn_hidden")
-            gate = both[..., 0, :] if self.gate_multiplier == 1.0 else both[..., 0, :] * self.gate_multiplier
-            hidden = self.activation(gate) * both[..., 1, :]
+            hidden = self.activation(scaled(both[..., 0, :], self.gate_multiplier)) * both[..., 1, :]
         else:
             hidden = self.activation(checkpoint_name(self.up(x), "ffn_hidden"))
-        y = self.down(hidden)
-        return y if self.output_multiplier == 1.0 else y * self.output_multiplier, {}
+        return scaled(self.down(hidden), self.output_multiplier), {}

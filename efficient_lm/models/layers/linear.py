@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from efficient_lm.models.parameters import ZEROS, Initialization, parameter
@@ -27,6 +28,11 @@ def _backward(saved: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Ar
 
 
 matmul.defvjp(_forward, _backward)
+
+
+def scaled(x: jax.Array, factor: float) -> jax.Array:
+    """`x` times a constant, which is not rounded to the dtype of `x` before; `x` itself for one."""
+    return x if factor == 1.0 else (x.astype(jnp.float32) * factor).astype(x.dtype)
 
 
 class Linear(nnx.Module):

@@ -156,8 +156,8 @@ class Mamba2(nnx.Module):
         """`x [batch, time, matrices, ...]`, each of its matrices' outputs times its constant factor."""
         if self.spec.multipliers is None:
             return x
-        factors = jnp.asarray(self.spec.multipliers[first:last], x.dtype)
-        return x * factors.reshape(-1, *[1] * (x.ndim - 3))
+        factors = jnp.asarray(self.spec.multipliers[first:last]).reshape(-1, *[1] * (x.ndim - 3))
+        return (x.astype(jnp.float32) * factors).astype(x.dtype)
 
     def _step(self, x: jax.Array) -> jax.Array:
         """Δ, float32 ``[batch, time, heads]``."""

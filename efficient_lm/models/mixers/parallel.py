@@ -7,6 +7,7 @@ import jax
 from flax import nnx
 
 from efficient_lm.models.context import Context
+from efficient_lm.models.layers.linear import scaled
 from efficient_lm.models.mixers.attention import AttentionSpec
 from efficient_lm.models.mixers.base import Cache, MixerSpec
 from efficient_lm.models.mixers.mamba2 import Mamba2Spec
@@ -76,8 +77,8 @@ class Parallel(nnx.Module):
         total, new = None, {}
         for name, branch in self.spec.branches.items():
             own = None if cache is None else _below(cache, name)
-            y, own = getattr(self, name)(_times(x, branch.input_multiplier), context, own)
-            y = _times(y, branch.output_multiplier)
+            y, own = getattr(self, name)(scaled(x, branch.input_multiplier), context, own)
+            y = scaled(y, branch.output_multiplier)
             total = y if total is None else total + y
             new |= _named(own or {}, name)
         return total, None if cache is None else new
@@ -88,7 +89,7 @@ class Parallel(nnx.Module):
             for place, branch in self.spec.branches.items():
                 if hasattr(getattr(self, place), name):
                     measure, factor = getattr(getattr(self, place), name), branch.input_multiplier
-                    return lambda x, context: measure(_times(x, factor), context)
+                    return lambda x, context: measure(scaled(x, factor), context)
         raise AttributeError(f"{type(self).__name__} has no {name}")
 
     def init_cache(self, batch: int, length: int, dtype: jax.typing.DTypeLike) -> Cache:
@@ -97,10 +98,6 @@ class Parallel(nnx.Module):
         for name in self.spec.branches:
             cache |= _named(getattr(self, name).init_cache(batch, length, dtype), name)
         return cache
-
-
-def _times(x: jax.Array, factor: float) -> jax.Array:
-    return x if factor == 1.0 else x * factor
 
 
 def _named(cache: Cache, name: str) -> Cache:
