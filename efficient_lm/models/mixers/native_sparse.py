@@ -25,7 +25,7 @@ HIDDEN = -1e30
 
 
 class NativeSparseSpec(MixerSpec):
-    """``Σ_c sigmoid(W_c x) * attention(q, K_c, V_c)`` (Yuan et al. 2025, arXiv 2502.11089, eq. 5), of three kinds of key:
+    """``Σ_c sigmoid(W_c x) * attention(q, K_c, V_c)`` (Yuan et al. 2025, arXiv 2502.11089, eq. 5). The sets of keys are
 
     - compressed: one key and value for each complete block of a document, a weighted sum over the block's tokens with
       learned weights by place and channel, which start as the mean (the paper has a small network there);
