@@ -30,69 +30,77 @@ def check_segments(op: str, segment_ids, batch: int, time: int) -> None:
             raise ValueError(f"{op}: segment_ids of row {row} go back and forth: {again} returns after another")
 
 
-def documents(segment_ids: jax.Array | None) -> tuple[jax.Array | None, jax.Array | None]:
-    """Number the documents of every row and mark the live tokens.
+class Documents(NamedTuple):
+    """The documents of packed rows."""
 
-    Args:
-        segment_ids: int [B, T], 0 being padding, or None.
+    number: jax.Array
+    """int32 [B, T], never falling: how many tokens up to and including this one start from a zero state. 0 is the
+    document that continues the initial state; padding counts to the document before it."""
 
-    Returns:
-        int32 [B, T], never falling: how many tokens up to and including this one start from a zero state, which are
-        the live ones whose id differs from that of the last live token; so 0 is the document that continues the
-        initial state, and padding counts to the document before it. And bool [B, T]: the live tokens. None and None
-        without ids.
+    live: jax.Array
+    """bool [B, T]: the tokens that are no padding."""
+
+    def starts(self) -> jax.Array:
+        """Bool [B, T]: the tokens that start from a zero state."""
+        return jnp.diff(self.number, axis=1, prepend=jnp.zeros_like(self.number[:, :1])) > 0
+
+
+def documents(segment_ids: jax.Array | None) -> Documents | None:
+    """Number the documents of int [B, T] ids, 0 being padding; None without ids.
+
+    A token starts from a zero state if it is live and its id differs from that of the last live token of its row.
     """
     if segment_ids is None:
-        return None, None
+        return None
     live = segment_ids != 0
     index = jnp.arange(segment_ids.shape[1], dtype=jnp.int32)
     latest = jax.lax.cummax(jnp.where(live, index, -1), axis=1)
     before = jnp.pad(latest[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
     previous = jnp.take_along_axis(segment_ids, jnp.maximum(before, 0), axis=1)
     starts = live & (before >= 0) & (segment_ids != previous)
-    return jnp.cumsum(starts, axis=1, dtype=jnp.int32), live
+    return Documents(jnp.cumsum(starts, axis=1, dtype=jnp.int32), live)
 
 
-def silence(live: jax.Array | None, *values):
-    """Zero [B, T, ...] values at padding, where no gradient then flows; None stays None."""
-    if live is None:
-        return values
-
-    def quiet(value):
-        return None if value is None else jnp.where(live.reshape(*live.shape, *(1,) * (value.ndim - 2)), value, 0)
-
-    return tuple(quiet(value) for value in values)
+@jax.custom_vjp
+def _silent(live, value):
+    return jnp.where(live.reshape(*live.shape, *(1,) * (value.ndim - 2)), value, 0)
 
 
-def starts(document: jax.Array | None) -> jax.Array | None:
-    """Bool [B, T]: the tokens that start from a zero state, from the numbers `documents` gives."""
-    if document is None:
-        return None
-    return jnp.diff(document, axis=1, prepend=jnp.zeros_like(document[:, :1])) > 0
+# The mask alone is kept, where jnp.where would keep it broadcast, and zeros besides.
+_silent.defvjp(lambda live, value: (_silent(live, value), live), lambda live, change: (None, _silent(live, change)))
+
+
+def silence(documents, value):
+    """Zero [B, T, ...] values at padding, where no gradient then flows, whatever they hold.
+
+    `documents` is anything with `live` [B, T], or None for no padding; a value of None stays None.
+    """
+    return value if documents is None or value is None else _silent(documents.live, value)
 
 
 class Marks(NamedTuple):
-    """The documents of a chunk [B, C], as `documents` numbers them, and that of the token before it [B]."""
+    """The documents of a chunk: their numbers and the live tokens [B, C], and the number before the chunk [B]."""
 
-    document: jax.Array
+    number: jax.Array
+    live: jax.Array
     before: jax.Array
 
     def starts(self) -> jax.Array:
         """Bool [B, C]: the token starts from a zero state."""
-        return self.document != jnp.concatenate([self.before[:, None], self.document[:, :-1]], axis=1)
+        return self.number != jnp.concatenate([self.before[:, None], self.number[:, :-1]], axis=1)
 
     def same(self) -> jax.Array:
         """Bool [B, C, C]: both tokens are of one document."""
-        return self.document[:, :, None] == self.document[:, None, :]
+        return self.number[:, :, None] == self.number[:, None, :]
 
     def entered(self) -> jax.Array:
         """Bool [B, C]: the state before the chunk reaches the token."""
-        return self.document == self.before[:, None]
+        return self.number == self.before[:, None]
 
     def left(self) -> jax.Array:
         """Bool [B, C]: the token reaches the state after the chunk."""
-        return self.document == self.document[:, -1:]
+        return self.number == self.number[:, -1:]
 
     def survives(self) -> jax.Array:
         """Bool [B]: the state before the chunk reaches the state after it."""
-        return self.document[:, -1] == self.before
+        return self.number[:, -1] == self.before

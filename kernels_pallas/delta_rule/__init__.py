@@ -3,7 +3,6 @@
 import jax
 
 from kernels_pallas.arguments import (
-    bounded_log_decay,
     check_chunk_size,
     check_heads,
     check_log_decay,
@@ -13,7 +12,7 @@ from kernels_pallas.arguments import (
 )
 from kernels_pallas.delta_rule import reference, xla
 from kernels_pallas.dispatch import choose
-from kernels_pallas.segments import check_segments, documents, silence
+from kernels_pallas.segments import check_segments, documents
 
 
 def delta_rule(
@@ -64,12 +63,9 @@ def delta_rule(
     dtype = state_dtype(q, k, v, beta, log_decay, initial_state)
     state = initial(op, initial_state, (batch, heads, k.shape[-1], v.shape[-1]), dtype)
     name = choose(op, implementation, {"xla": [], "reference": []})
-    if log_decay is not None:
-        log_decay = bounded_log_decay(log_decay, dtype)
-    document, live = documents(segment_ids)
-    q, k, v, beta, log_decay = silence(live, q, k, v, beta, log_decay)
+    rows = documents(segment_ids)
     if name == "xla":
-        y, state = xla.delta_rule(q, k, v, beta, log_decay, state, document, chunk_size=chunk_size)
+        y, state = xla.delta_rule(q, k, v, beta, log_decay, state, rows, chunk_size=chunk_size)
     else:
-        y, state = reference.delta_rule(q, k, v, beta, log_decay, state, document)
+        y, state = reference.delta_rule(q, k, v, beta, log_decay, state, rows)
     return y.astype(v.dtype), state

@@ -14,17 +14,17 @@ from kernels_pallas.delta_rule import reference
 from kernels_pallas.delta_rule.substitution import BLOCK, solve
 
 
-def delta_rule(q, k, v, beta, log_decay, state, document, *, chunk_size: int | None):
+def delta_rule(q, k, v, beta, log_decay, state, documents, *, chunk_size: int | None):
     """q, k [B,T,G,K], v [B,T,H,V], beta [B,T,H], log_decay None, [B,T,H] or [B,T,H,K], state [B,H,K,V].
 
     Returns y [B,T,H,V] in v's dtype and the state.
     """
     if q.shape[1] == 1:
-        return reference.delta_rule(q, k, v, beta, log_decay, state, document)
+        return reference.delta_rule(q, k, v, beta, log_decay, state, documents)
     size = min(chunk_size or 64, q.shape[1])
     size = -(-size // BLOCK) * BLOCK
     rule = _PER_CHANNEL if log_decay is not None and log_decay.ndim == 4 else _PER_HEAD
-    return scan_chunks(rule, size, state, document, (q, k, v, beta, log_decay))
+    return scan_chunks(rule, size, state, documents, (q, k, v, beta, log_decay))
 
 
 def _head_major(state, inputs):
@@ -74,5 +74,5 @@ def _advance(state, v, beta, reads, overlaps, q_in, k_in, k_out, whole):
     return whole[..., None] * state + jnp.einsum("bhjk,bhjv->bhkv", k_out, changes), y
 
 
-_PER_HEAD = recomputed(_per_head)
-_PER_CHANNEL = recomputed(_per_channel)
+_PER_HEAD = recomputed(reference.prepare, _per_head)
+_PER_CHANNEL = recomputed(reference.prepare, _per_channel)

@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas.arguments import (
-    bounded_log_decay,
     check_chunk_size,
     check_heads,
     check_log_decay,
@@ -13,7 +12,7 @@ from kernels_pallas.arguments import (
 )
 from kernels_pallas.dispatch import choose
 from kernels_pallas.linear_attention import reference, xla
-from kernels_pallas.segments import check_segments, documents, silence
+from kernels_pallas.segments import check_segments, documents
 
 
 def linear_attention(
@@ -63,14 +62,11 @@ def linear_attention(
     dtype = state_dtype(q, k, v, log_decay, initial_state)
     state = initial(op, initial_state, (batch, heads, k.shape[-1], v.shape[-1]), dtype)
     name = choose(op, implementation, {"xla": [], "reference": []})
-    if log_decay is not None:
-        log_decay = bounded_log_decay(log_decay, dtype)
-        if log_decay.ndim == 1:
-            log_decay = jnp.broadcast_to(log_decay, (batch, time, heads))
-    document, live = documents(segment_ids)
-    q, k, v, log_decay = silence(live, q, k, v, log_decay)
+    if log_decay is not None and log_decay.ndim == 1:
+        log_decay = jnp.broadcast_to(log_decay, (batch, time, heads))
+    rows = documents(segment_ids)
     if name == "xla":
-        y, state = xla.linear_attention(q, k, v, log_decay, state, document, chunk_size=chunk_size)
+        y, state = xla.linear_attention(q, k, v, log_decay, state, rows, chunk_size=chunk_size)
     else:
-        y, state = reference.linear_attention(q, k, v, log_decay, state, document)
+        y, state = reference.linear_attention(q, k, v, log_decay, state, rows)
     return y.astype(v.dtype), state

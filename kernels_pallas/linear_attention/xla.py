@@ -12,17 +12,17 @@ from kernels_pallas.decay import BLOCK, channel_decays, channel_pairs, head_deca
 from kernels_pallas.linear_attention import reference
 
 
-def linear_attention(q, k, v, log_decay, state, document, *, chunk_size: int | None):
+def linear_attention(q, k, v, log_decay, state, documents, *, chunk_size: int | None):
     """q, k [B,T,G,K], v [B,T,H,V], log_decay None, [B,T,H] or [B,T,H,K], state [B,H,K,V] -> y as v, state."""
     time = q.shape[1]
     if time == 1:
-        return reference.linear_attention(q, k, v, log_decay, state, document)
+        return reference.linear_attention(q, k, v, log_decay, state, documents)
     per_channel = log_decay is not None and log_decay.ndim == 4
     size = min(chunk_size or (32 if per_channel else 64), time)
     if per_channel:
         size = -(-size // BLOCK) * BLOCK
-        return scan_chunks(_PER_CHANNEL, size, state, document, (q, k, v, log_decay))
-    return scan_chunks(_PER_HEAD, size, state, document, (q, k, v, log_decay))
+        return scan_chunks(_PER_CHANNEL, size, state, documents, (q, k, v, log_decay))
+    return scan_chunks(_PER_HEAD, size, state, documents, (q, k, v, log_decay))
 
 
 def _head_major(state, log_decay, marks, *values):
@@ -106,5 +106,5 @@ def _channel_forward(state, marks, inputs, shared):
     return state, y.transpose(0, 2, 1, 3).astype(inputs[2].dtype)
 
 
-_PER_HEAD = Rule(_forward, _backward)
-_PER_CHANNEL = recomputed(_channel_forward)
+_PER_HEAD = Rule(reference.prepare, _forward, _backward)
+_PER_CHANNEL = recomputed(reference.prepare, _channel_forward)

@@ -3,7 +3,6 @@
 import jax
 
 from kernels_pallas.arguments import (
-    bounded_log_decay,
     check_chunk_size,
     check_rank,
     check_shape,
@@ -58,10 +57,9 @@ def linear_recurrence(
     dtype = state_dtype(log_a, x, initial_state)
     state = initial(op, initial_state, (batch, channels), dtype)
     name = choose(op, implementation, {"xla": [], "reference": []})
-    document, live = documents(segment_ids)
-    log_a, x = silence(live, bounded_log_decay(log_a, dtype), x)
+    rows = documents(segment_ids)
     if name == "xla":
-        h, state = xla.linear_recurrence(log_a, x, state, document, chunk_size=chunk_size)
+        h, state = xla.linear_recurrence(log_a, x, state, rows, chunk_size=chunk_size)
     else:
-        h, state = reference.linear_recurrence(log_a, x, state, document)
-    return silence(live, h.astype(x.dtype))[0], state
+        h, state = reference.linear_recurrence(log_a, x, state, rows)
+    return silence(rows, h.astype(x.dtype)), state

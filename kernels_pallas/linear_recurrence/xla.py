@@ -9,12 +9,12 @@ from kernels_pallas.linear_recurrence import reference
 _UNROLL = 8
 
 
-def linear_recurrence(log_a, x, state, document, *, chunk_size: int | None):
-    """log_a, x [B,T,D], state [B,D], document [B,T] or None -> h [B,T,D] in x's dtype, state [B,D]."""
+def linear_recurrence(log_a, x, state, documents, *, chunk_size: int | None):
+    """log_a, x [B,T,D], state [B,D], documents or None -> h [B,T,D] in x's dtype, state [B,D]."""
     if x.shape[1] == 1:
-        return reference.linear_recurrence(log_a, x, state, document)
+        return reference.linear_recurrence(log_a, x, state, documents)
     size = min(chunk_size or 128, x.shape[1])
-    return scan_chunks(_RULE, size, state, document, (log_a, x))
+    return scan_chunks(_RULE, size, state, documents, (log_a, x))
 
 
 def _decay(log_a, marks):
@@ -54,4 +54,4 @@ def _backward(state, marks, inputs, shared, dstate, dh):
     return dstate, (dlog_a.swapaxes(0, 1), dx.swapaxes(0, 1).astype(x.dtype)), ()
 
 
-_RULE = Rule(_forward, _backward)
+_RULE = Rule(reference.prepare, _forward, _backward)

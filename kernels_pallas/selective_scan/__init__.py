@@ -4,7 +4,7 @@ import jax
 
 from kernels_pallas.arguments import check_chunk_size, check_rank, check_shape, check_sign, initial, state_dtype
 from kernels_pallas.dispatch import choose
-from kernels_pallas.segments import check_segments, documents, silence
+from kernels_pallas.segments import check_segments, documents
 from kernels_pallas.selective_scan import reference, xla
 
 
@@ -58,10 +58,9 @@ def selective_scan(
     dtype = state_dtype(u, dt, A, B, C, D, initial_state)
     state = initial(op, initial_state, (batch, channels, states), dtype)
     name = choose(op, implementation, {"xla": [], "reference": []})
-    document, live = documents(segment_ids)
-    u, dt, B, C = silence(live, u, dt, B, C)
+    rows = documents(segment_ids)
     if name == "xla":
-        y, state = xla.selective_scan(u, dt, A, B, C, D, state, document, chunk_size=chunk_size)
+        y, state = xla.selective_scan(u, dt, A, B, C, D, state, rows, chunk_size=chunk_size)
     else:
-        y, state = reference.selective_scan(u, dt, A, B, C, D, state, document)
+        y, state = reference.selective_scan(u, dt, A, B, C, D, state, rows)
     return y.astype(u.dtype), state

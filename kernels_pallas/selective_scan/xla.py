@@ -10,12 +10,12 @@ from kernels_pallas.chunks import Rule, scan_chunks
 from kernels_pallas.selective_scan import reference
 
 
-def selective_scan(u, dt, A, B, C, D, state, document, *, chunk_size: int | None):
+def selective_scan(u, dt, A, B, C, D, state, documents, *, chunk_size: int | None):
     """u, dt [B,T,D], A [D,N], B, C [B,T,N], D [D] or None, state [B,D,N] -> y [B,T,D] in u's dtype, state [B,D,N]."""
     if u.shape[1] == 1:
-        return reference.selective_scan(u, dt, A, B, C, D, state, document)
+        return reference.selective_scan(u, dt, A, B, C, D, state, documents)
     size = min(chunk_size or 32, u.shape[1])
-    y, state = scan_chunks(_RULE, size, state.swapaxes(1, 2), document, (u, dt, B, C), (A.T, D))
+    y, state = scan_chunks(_RULE, size, state.swapaxes(1, 2), documents, (u, dt, B, C), (A.T, D))
     return y, state.swapaxes(1, 2)
 
 
@@ -77,4 +77,4 @@ def _backward(state, marks, inputs, shared, dstate, dy):
     return dstate, tuple(new.swapaxes(0, 1).astype(old.dtype) for new, old in gradients), (dA, dD)
 
 
-_RULE = Rule(_forward, _backward)
+_RULE = Rule(reference.prepare, _forward, _backward)

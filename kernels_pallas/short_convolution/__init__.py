@@ -50,8 +50,7 @@ def short_convolution(
     dtype = state_dtype(x, w, bias, initial_state)
     state = initial(op, initial_state, (batch, taps - 1, channels), dtype)
     name = choose(op, implementation, {"xla": [], "reference": []})
-    document, live = documents(segment_ids)
-    (x,) = silence(live, x)
+    rows = documents(segment_ids)
     run = xla.short_convolution if name == "xla" else reference.short_convolution
-    y, state = run(x, w, bias, state, document, live)
-    return silence(live, y.astype(x.dtype))[0], state
+    y, state = run(x, w, bias, state, rows)
+    return silence(rows, y.astype(x.dtype)), state

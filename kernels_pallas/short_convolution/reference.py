@@ -3,11 +3,12 @@
 import jax
 import jax.numpy as jnp
 
+from kernels_pallas.segments import silence
 from kernels_pallas.tokens import scan_tokens
 
 
-def short_convolution(x, w, bias, state, document, live):
-    """x [B,T,D], w [W,D], bias [D] or None, state [B,W-1,D], document int32 and live bool [B,T] or None.
+def short_convolution(x, w, bias, state, documents):
+    """x [B,T,D], w [W,D], bias [D] or None, state [B,W-1,D], documents or None.
 
     Returns y [B,T,D] and the state: the last W - 1 live inputs of the document, the newest last.
     """
@@ -20,4 +21,5 @@ def short_convolution(x, w, bias, state, document, live):
         after = seen[:, 1:] if live is None else jnp.where(live[:, None, None], seen[:, 1:], state)
         return after, y if bias is None else y + bias
 
-    return scan_tokens(step, state, document, (x, live))
+    live = None if documents is None else documents.live
+    return scan_tokens(step, state, documents, (silence(documents, x), live))

@@ -5,36 +5,39 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from kernels_pallas.segments import silence
 
-def short_convolution(x, w, bias, state, document, live):
-    """x [B,T,D], w [W,D], bias [D] or None, state [B,W-1,D], document int32 and live bool [B,T] or None.
+
+def short_convolution(x, w, bias, state, documents):
+    """x [B,T,D], w [W,D], bias [D] or None, state [B,W-1,D], documents or None.
 
     Returns y [B,T,D] in x's dtype, not silenced at padding, and the state.
     """
-    return _convolve(x, w, bias, state, document, live)
+    return _convolve(x, w, bias, state, documents)
 
 
-def _taps(x, w, bias, state, document, live):
+def _taps(x, w, bias, state, documents):
     dtype, reach, time = state.dtype, w.shape[0] - 1, x.shape[1]
-    w = w.astype(dtype)
-    if live is not None:
+    w, x = w.astype(dtype), silence(documents, x)
+    if documents is not None:
+        number, live = documents
         order = jnp.argsort(~live, axis=1, stable=True)
         scattered = jnp.any(live[:, 1:] & ~live[:, :-1])
-        x, document = _moved(scattered, x, order), jnp.take_along_axis(document, order, axis=1)
-        documents = jnp.pad(document, ((0, 0), (reach, 0)))
+        x, number = _moved(scattered, x, order), jnp.take_along_axis(number, order, axis=1)
+        numbers = jnp.pad(number, ((0, 0), (reach, 0)))
     seen = jnp.concatenate([state, x.astype(dtype)], axis=1)
     y = jnp.zeros((), dtype) if bias is None else bias.astype(dtype)
     for tap in range(reach + 1):
         values = seen[:, tap : tap + time]
-        if live is not None and tap < reach:
-            values = jnp.where((documents[:, tap : tap + time] == document)[..., None], values, 0)
+        if documents is not None and tap < reach:
+            values = jnp.where((numbers[:, tap : tap + time] == number)[..., None], values, 0)
         y = y + w[tap] * values
     y = y.astype(x.dtype)
-    if live is None:
+    if documents is None:
         return y, seen[:, time:]
     last = jnp.sum(live, axis=1, dtype=jnp.int32)[:, None]
     index = last + jnp.arange(reach, dtype=jnp.int32)
-    mine = jnp.take_along_axis(documents, index, axis=1) == jnp.max(document, axis=1, keepdims=True)
+    mine = jnp.take_along_axis(numbers, index, axis=1) == jnp.max(number, axis=1, keepdims=True)
     state = jnp.where(mine[..., None], jnp.take_along_axis(seen, index[..., None], axis=1), 0)
     return _moved(scattered, y, jnp.argsort(order, axis=1)), state
 
@@ -45,8 +48,8 @@ def _moved(needed, values, order):
 
 
 @jax.custom_vjp
-def _convolve(x, w, bias, state, document, live):
-    return _taps(x, w, bias, state, document, live)
+def _convolve(x, w, bias, state, documents):
+    return _taps(x, w, bias, state, documents)
 
 
 def _forward(*inputs):
@@ -54,9 +57,9 @@ def _forward(*inputs):
 
 
 def _backward(inputs, cotangents):
-    *values, document, live = inputs
-    run = functools.partial(_taps, document=document, live=live)
-    return *jax.vjp(run, *values)[1](cotangents), None, None
+    *values, documents = inputs
+    run = functools.partial(_taps, documents=documents)
+    return *jax.vjp(run, *values)[1](cotangents), None
 
 
 _convolve.defvjp(_forward, _backward)
