@@ -1,5 +1,7 @@
 """Mixers with a matrix of state per head against their equations, token by token."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy.special import expit, logit
@@ -100,6 +102,19 @@ def test_hgrn2_equals_its_equations(build_mixer, layer):
     mixer.check(mixer.output(y * mixer.params["norm"]["scale"]))
     mixer.check(np.log(forget), mixer.log_decay)
     assert np.all(bound < 1)
+
+
+@pytest.mark.parametrize("kind", ["lightning", "hgrn2"])
+def test_layers_that_differ_by_depth_alone_share_one_program(kind):
+    block = {"mixer": {"kind": kind, "heads": 2, "implementation": "reference"}}
+    spec = {"width": 16, "vocab_size": 31, "blocks": {"a": block}, "layout": ["a"], "repeats": 3, "init_std": 0.5}
+    scanned, unrolled = (ModelSpec.model_validate({**spec, "scan": scan}).build() for scan in (True, False))
+    params, ids = jax.jit(scanned.init)(jax.random.key(0)), jnp.arange(20)[None] % 31
+    assert len(scanned.stack.segments) == 1
+    want = jax.jit(unrolled.logits)(params, ids)
+    np.testing.assert_allclose(jax.jit(scanned.logits)(params, ids), want, atol=2e-5 * float(jnp.abs(want).max()))
+    swapped = jax.tree.map(lambda leaf: leaf[::-1], params["stack"])
+    assert np.abs(jax.jit(scanned.logits)({**params, "stack": swapped}, ids) - want).max() > 1e-2
 
 
 def test_sizes_of_the_papers():
