@@ -68,13 +68,15 @@ def machine() -> dict[str, object]:
     }
 
 
-def command_line(description: str) -> argparse.Namespace:
-    """`--rounds N` and `--output FILE`."""
+def command_line(description: str, **options: Mapping[str, object]) -> argparse.Namespace:
+    """`--rounds N`, `--output FILE`, and one more per keyword, whose value is what `add_argument` takes."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--rounds", type=int, default=20, help="timings of each alternative")
     parser.add_argument(
         "--output", type=Path, help="where to write the figures as JSON, e.g. benchmarks/results/x.json"
     )
+    for name, keywords in options.items():
+        parser.add_argument(f"--{name}", **keywords)
     return parser.parse_args()
 
 
