@@ -11,6 +11,7 @@ import efficient_lm.models.ffns
 import efficient_lm.models.mixers  # noqa: F401  (every kind of both folders registers itself)
 from efficient_lm.models.context import Context
 from efficient_lm.models.ffns.base import Auxiliary, FFNSpec
+from efficient_lm.models.layers.linear import scaled
 from efficient_lm.models.layers.norms import NormSpec, RMSNormSpec
 from efficient_lm.models.mixers.base import Cache, MixerSpec
 from efficient_lm.models.parameters import Initialization
@@ -103,7 +104,7 @@ class Half(nnx.Module):
     def __call__(self, x: jax.Array, *rest: Any) -> tuple[jax.Array, Any]:
         """What this half adds to the residual stream `x [batch, time, width]`, and its extra result."""
         y, extra = self.inner(_normed(self.input_norm, x), *rest)
-        return _times(_normed(self.output_norm, y), self.multiplier), extra
+        return scaled(_normed(self.output_norm, y), self.multiplier), extra
 
 
 class Block(nnx.Module):
@@ -137,12 +138,12 @@ class Block(nnx.Module):
         if self.mixer is not None:
             x = _normed(self.mixer.stream_norm, x)
             y, cache = self.mixer(x, context, cache)
-            stream = _times(x, self.mixer.stream_multiplier)
+            stream = scaled(x, self.mixer.stream_multiplier)
             x = _normed(self.mixer_norm, stream + checkpoint_name(y, "mixer_output"))
         if self.ffn is not None:
             x = _normed(self.ffn.stream_norm, x)
             y, auxiliary = self.ffn(x, context)
-            stream = _times(x, self.ffn.stream_multiplier)
+            stream = scaled(x, self.ffn.stream_multiplier)
             x = _normed(self.ffn_norm, stream + checkpoint_name(y, "ffn_output"))
         return x, cache, auxiliary
 
@@ -151,7 +152,7 @@ class Block(nnx.Module):
     ) -> tuple[jax.Array, Cache | None, Auxiliary]:
         auxiliary: Auxiliary = {}
         source = _normed(self.shared_norm, x)
-        total = _times(x, (self.mixer or self.ffn).stream_multiplier)
+        total = scaled(x, (self.mixer or self.ffn).stream_multiplier)
         if self.mixer is not None:
             y, cache = self.mixer(source, context, cache)
             total = total + checkpoint_name(y, "mixer_output")
@@ -171,10 +172,6 @@ class Block(nnx.Module):
 
 def _normed(norm: nnx.Module | None, x: jax.Array) -> jax.Array:
     return x if norm is None else norm(x)
-
-
-def _times(x: jax.Array, factor: float) -> jax.Array:
-    return x if factor == 1.0 else x * factor
 
 
 REMAT_NAMES = ("attended", "query", "key", "value", "ffn_hidden", "mixer_output", "ffn_output")

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from efficient_lm.models.context import Context
-from efficient_lm.models.layers.linear import Linear, LowRank
+from efficient_lm.models.layers.linear import Linear, LowRank, scaled
 from efficient_lm.models.layers.norms import NormSpec, RMSNormSpec
 from efficient_lm.models.mixers.matrix_state import MatrixState, MatrixStateSpec, gated
 from efficient_lm.models.parameters import Initialization
@@ -51,7 +51,7 @@ class GLA(MatrixState):
 
     def _read(self, x: jax.Array, context: Context) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
         pair = self.query_key(x)
-        q = pair[:, :, 0] * self.spec.key_size**-0.5
+        q = scaled(pair[:, :, 0], self.spec.key_size**-0.5)
         return q, pair[:, :, 1], self.value(x), self.log_decay(x, context)
 
     def log_decay(self, x: jax.Array, context: Context) -> jax.Array:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from efficient_lm.models.context import Context
-from efficient_lm.models.layers.linear import Linear
+from efficient_lm.models.layers.linear import Linear, scaled
 from efficient_lm.models.layers.norms import LayerNormSpec, NormSpec
 from efficient_lm.models.layers.positions import PositionSpec, RotarySpec
 from efficient_lm.models.mixers.matrix_state import MatrixState, MatrixStateSpec, gated, turning_faults
@@ -55,7 +55,7 @@ class Retention(MatrixState):
     def _read(self, x: jax.Array, context: Context) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
         pair = self.query_key(x)
         q, k = (self.position.rotate(pair[:, :, index], context.positions) for index in (0, 1))
-        return q * self.spec.key_size**-0.5, k, self.value(x), self._rates()
+        return scaled(q, self.spec.key_size**-0.5), k, self.value(x), self._rates()
 
     def _rates(self) -> jax.Array:
         """``log γ``, float32 ``[heads]``."""
