@@ -98,7 +98,25 @@ class _ByKind:
         )
 
     def __get_pydantic_json_schema__(self, schema: Any, handler: Any) -> dict[str, Any]:
-        return {"oneOf": [handler(kind.__pydantic_core_schema__) for kind in self.base.kinds.values()]}
+        return {"oneOf": [_described(kind, handler) for kind in self.base.kinds.values()]}
+
+
+_describing: set[type[Choice]] = set()
+"""Kinds whose JSON schema is being made."""
+
+
+def _described(kind: type[Choice], handler: Any) -> dict[str, Any]:
+    """The JSON schema of a kind, once; a reference where the kind is met again, inside itself too."""
+    whole = kind.__pydantic_core_schema__
+    ref = f"{kind.__module__}.{kind.__qualname__}:{id(kind)}"
+    if kind in _describing:
+        return handler(core_schema.definition_reference_schema(ref))
+    _describing.add(kind)
+    try:
+        model, others = (whole["schema"], whole["definitions"]) if whole["type"] == "definitions" else (whole, [])
+        return handler(core_schema.definitions_schema({**model, "ref": ref}, others))
+    finally:
+        _describing.discard(kind)
 
 
 class OneOf:
