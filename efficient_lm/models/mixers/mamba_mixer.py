@@ -13,7 +13,6 @@ from efficient_lm.models.mixers.mamba import MambaSpec
 from efficient_lm.models.parameters import ONES, Initialization, parameter
 from efficient_lm.spec import Count, OneOf
 
-
 USUAL_GROUP = 32
 """Channels per step of the scan over channels, about."""
 
