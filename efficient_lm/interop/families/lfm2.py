@@ -17,7 +17,10 @@ def layer_type(config: Config, layer: int) -> str:
 
 
 class Hidden:
-    """Units of the channel mixer: as stated, or adjusted to two thirds and rounded up to a multiple."""
+    """Units of the channel mixer: as stated, or adjusted to two thirds and rounded up to a multiple.
+
+    The older name prevails, and is written too, so that none is left that says something else.
+    """
 
     def read(self, config: Config, draft: Draft) -> None:
         name = "block_ff_dim" if "block_ff_dim" in config else "intermediate_size"
@@ -30,7 +33,8 @@ class Hidden:
         draft.put("block.ffn.hidden", hidden)
 
     def write(self, layers: Layers, config: Config) -> None:
-        config |= {"intermediate_size": layers.get("block.ffn.hidden"), "block_auto_adjust_ff_dim": False}
+        hidden = layers.get("block.ffn.hidden")
+        config |= {"intermediate_size": hidden, "block_ff_dim": hidden, "block_auto_adjust_ff_dim": False}
 
 
 class Tied:
@@ -40,7 +44,7 @@ class Tied:
         draft.put("tied", config.get("tie_embedding", config.get("tie_word_embeddings", True)))
 
     def write(self, layers: Layers, config: Config) -> None:
-        config["tie_word_embeddings"] = layers.get("tied")
+        config |= {"tie_word_embeddings": layers.get("tied"), "tie_embedding": layers.get("tied")}
 
 
 COMMON = (

@@ -8,7 +8,18 @@ import numpy as np
 from efficient_lm.errors import ConfigError, nearest
 from efficient_lm.interop.description import linear, norm, table
 from efficient_lm.interop.families.base import Family
-from efficient_lm.interop.keys import ACTIVATIONS, GATED, Config, Draft, Layers, Named, Pattern, count, key
+from efficient_lm.interop.keys import (
+    ACTIVATIONS,
+    GATED,
+    Config,
+    Draft,
+    Inexpressible,
+    Layers,
+    Named,
+    Pattern,
+    count,
+    key,
+)
 from efficient_lm.interop.rotary import Rotary
 
 RMS = {"kind": "rmsnorm", "one_plus": True}
@@ -44,6 +55,19 @@ class Inner:
     def write(self, layers: Layers, config: Config) -> None:
         if "recur" in layers.kinds:
             config["lru_width"] = layers.get("recur.mixer.inner")
+
+
+class SoftCap:
+    """`logits_soft_cap`, which every model of the family has."""
+
+    def read(self, config: Config, draft: Draft) -> None:
+        draft.put("logit_softcap", config.get("logits_soft_cap", 30.0))
+
+    def write(self, layers: Layers, config: Config) -> None:
+        cap = layers.get("logit_softcap")
+        if cap is None:
+            raise Inexpressible("logit_softcap", cap)
+        config["logits_soft_cap"] = cap
 
 
 class EmbeddingMultiplier:
@@ -87,7 +111,7 @@ FAMILY = Family(
         key("conv1d_width", "recur.mixer.convolution", default=4),
         key("attention_bias", "attend.mixer.bias", default=False),
         Named("hidden_activation", ACTIVATION, "gelu_pytorch_tanh"),
-        key("logits_soft_cap", "logit_softcap", default=30.0),
+        SoftCap(),
         key("rms_norm_eps", "final_norm.epsilon", "block.norm.epsilon", default=1e-6),
         key("tie_word_embeddings", "tied", default=True),
         EmbeddingMultiplier(),
