@@ -54,7 +54,7 @@ def head_decays(log_decay, marks, chunk: int, dtype) -> HeadDecays:
 
 
 class ChannelDecays(NamedTuple):
-    """Of a chunk, per head and channel, in blocks of 16 tokens; I = C // 16."""
+    """Of a chunk, per head and channel, in I = C // 16 blocks; the last three are zero between documents."""
 
     levels: jax.Array  # [B, H, I, 4, 16, K]: between a token and the anchor of its level
     prefix: jax.Array  # [B, H, I, 16, K]: from the start of the block to the token
@@ -65,8 +65,8 @@ class ChannelDecays(NamedTuple):
     whole: jax.Array  # [B, H, K]: over the chunk
 
 
-def channel_decays(log_decay) -> ChannelDecays:
-    """The decays of a chunk without regard to documents; log_decay [B,C,H,K], C a multiple of 16."""
+def channel_decays(log_decay, marks) -> ChannelDecays:
+    """The decays of a chunk; log_decay [B,C,H,K], C a multiple of 16."""
     batch, chunk, heads, width = log_decay.shape
     blocks = chunk // BLOCK
     log_decay = log_decay.transpose(0, 2, 1, 3).reshape(batch, heads, blocks, BLOCK, width)
@@ -80,15 +80,14 @@ def channel_decays(log_decay) -> ChannelDecays:
     outer = jnp.exp(_highest("ijm,bhmk->bhijk", jnp.asarray(spans, log_decay.dtype), totals))
     prefix, suffix = within[:, :, :, 4], within[:, :, :, 5]
     shape = (batch, heads, chunk, width)
-    return ChannelDecays(
-        levels=within[:, :, :, :4],
-        prefix=prefix,
-        suffix=suffix,
-        between=outer[:, :, :, :-2],
-        entering=(prefix * outer[:, :, :, -2, None]).reshape(shape),
-        leaving=(suffix * outer[:, :, :, -1, None]).reshape(shape),
-        whole=jnp.exp(jnp.sum(totals, axis=2)),
-    )
+    entering = (prefix * outer[:, :, :, -2, None]).reshape(shape)
+    leaving = (suffix * outer[:, :, :, -1, None]).reshape(shape)
+    whole = jnp.exp(jnp.sum(totals, axis=2))
+    if marks is not None:
+        entering = jnp.where(marks.entered()[:, None, :, None], entering, 0)
+        leaving = jnp.where(marks.left()[:, None, :, None], leaving, 0)
+        whole = jnp.where(marks.survives()[:, None, None], whole, 0)
+    return ChannelDecays(within[:, :, :, :4], prefix, suffix, outer[:, :, :, :-2], entering, leaving, whole)
 
 
 def channel_pairs(decays: ChannelDecays, x, k):

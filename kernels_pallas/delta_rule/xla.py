@@ -21,9 +21,10 @@ def delta_rule(q, k, v, beta, log_decay, state, documents, *, chunk_size: int | 
     """
     if q.shape[1] == 1:
         return reference.delta_rule(q, k, v, beta, log_decay, state, documents)
-    size = min(chunk_size or 64, q.shape[1])
+    per_channel = log_decay is not None and log_decay.ndim == 4
+    rule = _PER_CHANNEL if per_channel else _PER_HEAD
+    size = min(chunk_size or (32 if per_channel else 64), q.shape[1])
     size = -(-size // BLOCK) * BLOCK
-    rule = _PER_CHANNEL if log_decay is not None and log_decay.ndim == 4 else _PER_HEAD
     return scan_chunks(rule, size, state, documents, (q, k, v, beta, log_decay))
 
 
@@ -51,16 +52,13 @@ def _per_channel(state, marks, inputs, shared):
     q, k, v, beta = _head_major(state, inputs)
     repeats = v.shape[1] // q.shape[1]
     q, k = jnp.repeat(q, repeats, axis=1), jnp.repeat(k, repeats, axis=1)
-    decays = channel_decays(inputs[4])
+    decays = channel_decays(inputs[4], marks)
     reads, overlaps = jnp.moveaxis(channel_pairs(decays, jnp.stack([q, k], axis=2), k), 2, 0)
     reads += jnp.sum(q * k, axis=-1)[..., None] * jnp.eye(q.shape[2], dtype=state.dtype)
-    entering, leaving, whole = decays.entering, decays.leaving, decays.whole
     if marks is not None:
         reads, overlaps = (jnp.where(marks.same()[:, None], value, 0) for value in (reads, overlaps))
-        entering = jnp.where(marks.entered()[:, None, :, None], entering, 0)
-        leaving = jnp.where(marks.left()[:, None, :, None], leaving, 0)
-        whole = jnp.where(marks.survives()[:, None, None], whole, 0)
-    state, y = _advance(state, v, beta, reads, overlaps, q * entering, k * entering, k * leaving, whole)
+    entering, leaving = decays.entering, decays.leaving
+    state, y = _advance(state, v, beta, reads, overlaps, q * entering, k * entering, k * leaving, decays.whole)
     return state, y.swapaxes(1, 2).astype(inputs[2].dtype)
 
 

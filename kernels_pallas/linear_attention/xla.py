@@ -92,17 +92,13 @@ def _channel_forward(state, marks, inputs, shared):
     repeats = v.shape[2] // q.shape[2]
     q, k, v = (value.transpose(0, 2, 1, 3).astype(state.dtype) for value in (q, k, v))
     q, k = jnp.repeat(q, repeats, axis=1), jnp.repeat(k, repeats, axis=1)
-    decays = channel_decays(log_decay)
+    decays = channel_decays(log_decay, marks)
     weights = channel_pairs(decays, q[:, :, None], k)[:, :, 0]
     weights += jnp.sum(q * k, axis=-1)[..., None] * jnp.eye(q.shape[2], dtype=state.dtype)
-    entering, leaving, whole = decays.entering, decays.leaving, decays.whole
     if marks is not None:
         weights = jnp.where(marks.same()[:, None], weights, 0)
-        entering = jnp.where(marks.entered()[:, None, :, None], entering, 0)
-        leaving = jnp.where(marks.left()[:, None, :, None], leaving, 0)
-        whole = jnp.where(marks.survives()[:, None, None], whole, 0)
-    y = weights @ v + (q * entering) @ state
-    state = whole[..., None] * state + jnp.einsum("bhjk,bhjv->bhkv", k * leaving, v)
+    y = weights @ v + (q * decays.entering) @ state
+    state = decays.whole[..., None] * state + jnp.einsum("bhjk,bhjv->bhkv", k * decays.leaving, v)
     return state, y.transpose(0, 2, 1, 3).astype(inputs[2].dtype)
 
 

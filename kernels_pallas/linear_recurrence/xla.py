@@ -6,14 +6,14 @@ import jax.numpy as jnp
 from kernels_pallas.chunks import Rule, scan_chunks
 from kernels_pallas.linear_recurrence import reference
 
-_UNROLL = 8
+_UNROLL = 4
 
 
 def linear_recurrence(log_a, x, state, documents, *, chunk_size: int | None):
     """log_a, x [B,T,D], state [B,D], documents or None -> h [B,T,D] in x's dtype, state [B,D]."""
     if x.shape[1] == 1:
         return reference.linear_recurrence(log_a, x, state, documents)
-    size = min(chunk_size or 128, x.shape[1])
+    size = min(chunk_size or 64, x.shape[1])
     return scan_chunks(_RULE, size, state, documents, (log_a, x))
 
 
