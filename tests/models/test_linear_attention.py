@@ -86,6 +86,28 @@ def test_a_query_that_no_key_resembles_gets_nothing():
     assert np.all(np.asarray(y) == 0)
 
 
+@pytest.mark.parametrize("kind", ["elu", "taylor", "hedgehog"])
+def test_queries_of_any_size_are_answered(kind):
+    """Features of 1e-30, and those whose products would overflow, still weigh equal keys equally."""
+    spec = LinearAttentionSpec.model_validate({"heads": 1, "key_size": 1, "feature_map": {"kind": kind}})
+    module = Blueprint(lambda: spec.build(2, Initialization()))
+    params = jax.tree.map(jnp.ones_like, module.init(jax.random.key(0)))
+    x = jnp.array([[[1.0, 2.0], [1.0, 4.0], [1.0, 6.0]]])
+
+    @jax.jit
+    @jax.value_and_grad
+    def answer(sizes):
+        maps = jnp.zeros((2, 2, 1, 1)).at[0, :, 0, 0].set(sizes)
+        y, _ = module({**params, "query_key": {"weight": maps}})(x, Context.rows(1, 3))
+        return y[0, -1, 0]
+
+    for query, key in ((-70.0, 0.0), (1e-20, 1e-20), (1e12, 1e12)):
+        value, slope = answer(jnp.array([query, key]))
+        # Two columns, each with the mean over the tokens of the sum of both inputs.
+        np.testing.assert_allclose(value, 2 * (1 + 4), rtol=1e-5)
+        assert np.all(np.isfinite(slope))
+
+
 def test_based_is_the_sum_of_its_parts(build_mixer):
     mixer = build_mixer(BasedSpec(heads=2, feature_size=4, window=5))
     linear = LinearAttentionSpec(heads=2, key_size=4, feature_map=TaylorSpec())

@@ -53,7 +53,7 @@ class ReluSpec(FeatureMapSpec):
 class TaylorSpec(FeatureMapSpec):
     """``φ(q) · φ(k) = 1 + s + s² / 2`` with ``s = q · k / sqrt(size)``, the exponential to second order.
 
-    (Arora et al. 2024, Based, arXiv 2402.18668, section 3.1.) Of the products of two values each is kept once, so that
+    (Arora et al. 2024, Based, arXiv 2402.18668.) Of the products of two values each is kept once, so that
     there are ``1 + size + size (size + 1) / 2`` features.
     """
 
@@ -69,7 +69,7 @@ class TaylorSpec(FeatureMapSpec):
 class HedgehogSpec(FeatureMapSpec):
     """``[exp(W x + b), exp(-W x - b)]``, W per head from the identity and b from zero.
 
-    (Zhang et al. 2024, arXiv 2402.04347, eq. 6.) Exponents are held within ±30.
+    (Zhang et al. 2024, arXiv 2402.04347, section 4.) Exponents are held within ±30.
 
     Attributes:
         softmax: whether the features of a query or key are divided by their sum, which bounds them.
@@ -104,7 +104,8 @@ class Elementwise(FeatureMap):
 
 
 def _elu_plus_one(x: jax.Array) -> jax.Array:
-    return jax.nn.elu(x) + 1
+    # Not elu(x) + 1, which is 0 below -17.
+    return relu(x) + jnp.exp(jnp.minimum(x, 0))
 
 
 class Taylor(FeatureMap):

@@ -18,7 +18,7 @@ from efficient_lm.spec import Count, PerLayer
 class BasedSpec(MixerSpec):
     """The sum of linear attention, ``exp`` to second order over all tokens, and softmax attention over the last few.
 
-    (Arora et al. 2024, arXiv 2402.18668, section 3.) The two complete each other: one recalls far tokens roughly, the
+    (Arora et al. 2024, arXiv 2402.18668.) The two complete each other: one recalls far tokens roughly, the
     other compares near ones exactly. The paper has them in layers of their own, which a layout of the kinds
     ``linear_attention`` and ``attention`` writes as well; here each has its own maps and every layer has both.
 

@@ -13,8 +13,8 @@ from efficient_lm.models.mixers.matrix_state import MatrixState, MatrixStateSpec
 from efficient_lm.models.parameters import Initialization
 from efficient_lm.spec import OneOf
 
-LEAST_WEIGHT = 1e-12
-"""The sum of a token's weights counts as at least this, where no key resembles its query."""
+LEAST_WEIGHT = 1e-18
+"""The sum of a token's weights counts as at least this, where no key resembles its query; its square is a float32."""
 
 
 class LinearAttentionSpec(MatrixStateSpec):
@@ -75,7 +75,13 @@ class LinearAttention(MatrixState):
         q, k = (self.position.rotate(pair[:, :, index], context.positions) for index in (0, 1))
         v = self.value(x).astype(jnp.float32)
         counted = jnp.concatenate([v, jnp.ones_like(v[..., :1])], axis=-1)
-        return self.query_features(q), self.key_features(k), counted, None
+        return _scaled_to_one(self.query_features(q)), self.key_features(k), counted, None
 
     def _normed(self, y: jax.Array, x: jax.Array) -> jax.Array:
         return (y[..., :-1] / jnp.maximum(y[..., -1:], LEAST_WEIGHT)).astype(x.dtype)
+
+
+def _scaled_to_one(features: jax.Array) -> jax.Array:
+    """Features over the largest of the same query, which both sums then lack: neither leaves the range of float32."""
+    largest = jax.lax.stop_gradient(jnp.max(jnp.abs(features), axis=-1, keepdims=True))
+    return features / jnp.where(largest > 0, largest, 1.0)
