@@ -15,6 +15,7 @@ from efficient_lm.config import (
     save_config,
 )
 from efficient_lm.errors import CheckpointError, ConfigError
+from efficient_lm.models.mixers.base import MixerSpec
 from efficient_lm.validation import validate
 
 USERS_OWN = {"data=files": ["data.source.paths=[text.txt]"], "tokenizer=file": ["tokenizer.path=tokenizer.json"]}
@@ -22,9 +23,10 @@ USERS_OWN = {"data=files": ["data.source.paths=[text.txt]"], "tokenizer=file": [
 
 ROOTS = ConfigRoots()
 CHOICES = [f"{group}={name}" for group in ROOTS.defaults("train") for name in ROOTS.choices(group)]
+BIDIRECTIONAL = {f"mixer={kind}" for kind, found in MixerSpec.kinds.items() if found.bidirectional}
 
 
-@pytest.mark.parametrize("choice", CHOICES)
+@pytest.mark.parametrize("choice", [choice for choice in CHOICES if choice not in BIDIRECTIONAL])
 def test_every_choice_of_every_group_is_valid(choice):
     given = [value for values in USERS_OWN.values() for value in values] if choice.startswith("experiment=") else []
     if choice.startswith("experiment="):
@@ -32,6 +34,14 @@ def test_every_choice_of_every_group_is_valid(choice):
         given = [value for group, name in chosen.items() for value in USERS_OWN.get(f"{group}={name}", [])]
     config = load_run_config([choice, *USERS_OWN.get(choice, []), *given])
     assert validate(RunConfig, config.dump()) == config
+
+
+@pytest.mark.parametrize("choice", sorted(BIDIRECTIONAL))
+def test_a_bidirectional_mixer_is_refused_under_a_causal_objective(choice):
+    kind = choice.partition("=")[2]
+    message = rf"model.blocks.layer.mixer: '{kind}' is bidirectional, .* objective 'causal_lm' predicts; valid: attention"
+    with pytest.raises(ConfigError, match=message):
+        load_run_config([choice])
 
 
 def test_a_printed_config_gives_the_same_run():
