@@ -214,8 +214,7 @@ def expressed(spec: ModelSpec, origin: Origin | None) -> tuple[Family, Config]:
     shown = f" is {values[0]!r}" if values else ""
     shown += f", and {family.model_type} has {values[1]!r}" if len(values) > 1 else ""
     raise ConfigError(
-        f"no published family ({', '.join(FAMILIES)}) can express this model; of {family.model_type}: "
-        f"{path}{shown}"
+        f"no published family ({', '.join(FAMILIES)}) can express this model; of {family.model_type}: {path}{shown}"
     )
 
 

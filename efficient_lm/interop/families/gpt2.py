@@ -96,5 +96,5 @@ FAMILY = Family(
     layer="transformer.h.{}.",
     prefix="transformer.",
     dropouts=("attn_pdrop", "embd_pdrop", "resid_pdrop"),
-    ignored=(r"attn\.(masked_)?bias$",),
+    ignored=(r"\.attn\.(masked_)?bias$",),
 )
