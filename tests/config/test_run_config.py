@@ -39,7 +39,9 @@ def test_every_choice_of_every_group_is_valid(choice):
 @pytest.mark.parametrize("choice", sorted(BIDIRECTIONAL))
 def test_a_bidirectional_mixer_is_refused_under_a_causal_objective(choice):
     kind = choice.partition("=")[2]
-    message = rf"model.blocks.layer.mixer: '{kind}' is bidirectional, .* objective 'causal_lm' predicts; valid: attention"
+    message = (
+        rf"model.blocks.layer.mixer: '{kind}' is bidirectional, .* objective 'causal_lm' predicts; valid: attention"
+    )
     with pytest.raises(ConfigError, match=message):
         load_run_config([choice])
 

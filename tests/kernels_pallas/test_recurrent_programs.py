@@ -190,7 +190,7 @@ def test_documents_are_numbered_by_changes_of_live_ids():
     assert np.array_equal(live, ids != 0)
 
 
-def refused(operator, message, position=None, value=None, **options):
+def assert_refused(operator, message, position=None, value=None, **options):
     given = arguments(operator)
     if position is not None:
         given[position] = value
@@ -200,13 +200,13 @@ def refused(operator, message, position=None, value=None, **options):
 
 @every_operator
 def test_arguments_of_all_are_refused_by_name(operator):
-    refused(operator, "chunk_size must be at least 1, not 0", chunk_size=0)
-    refused(operator, "no implementation 'cudnn'; valid: auto, xla, reference", implementation="cudnn")
-    refused(operator, r"initial_state must have shape \(2, ", initial_state=jnp.zeros((BATCH, 7, 7, 7, 7)))
-    refused(operator, r"segment_ids must have shape \(2, 64\)", segment_ids=jnp.ones((BATCH, 63), jnp.int32))
-    refused(operator, "segment_ids must be integers", segment_ids=jnp.ones((BATCH, TIME)))
+    assert_refused(operator, "chunk_size must be at least 1, not 0", chunk_size=0)
+    assert_refused(operator, "no implementation 'cudnn'; valid: auto, xla, reference", implementation="cudnn")
+    assert_refused(operator, r"initial_state must have shape \(2, ", initial_state=jnp.zeros((BATCH, 7, 7, 7, 7)))
+    assert_refused(operator, r"segment_ids must have shape \(2, 64\)", segment_ids=jnp.ones((BATCH, 63), jnp.int32))
+    assert_refused(operator, "segment_ids must be integers", segment_ids=jnp.ones((BATCH, TIME)))
     ids = jnp.ones((BATCH, TIME), jnp.int32).at[1, 10:20].set(4).at[1, 25].set(0)
-    refused(operator, "segment_ids of row 1 go back and forth: 1 returns after another", segment_ids=ids)
+    assert_refused(operator, "segment_ids of row 1 go back and forth: 1 returns after another", segment_ids=ids)
 
 
 @pytest.mark.parametrize(
@@ -236,4 +236,4 @@ def test_arguments_of_all_are_refused_by_name(operator):
     ],
 )
 def test_wrong_arguments_are_named(operator, position, value, message):
-    refused(operator, message, position, value)
+    assert_refused(operator, message, position, value)

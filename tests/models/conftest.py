@@ -56,7 +56,7 @@ class BuiltMixer:
         found = self.params["output"]
         return y.reshape(len(y), -1) @ found["weight"].reshape(-1, WIDTH) + found.get("bias", 0)
 
-    def check(self, want, got=None):
+    def assert_equal(self, want, got=None):
         """That the output, or what is `got`, is what was wanted to float32's precision."""
         got = self.y if got is None else got
         np.testing.assert_allclose(got, want, atol=3e-6 * np.abs(want).max(), rtol=3e-5)

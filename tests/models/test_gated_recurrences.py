@@ -40,8 +40,8 @@ def test_rg_lru_equals_its_equations(build_mixer, options):
     for t, a in enumerate(np.exp(log_decay)):
         h = a * h + (np.sqrt(1 - a**2) if t else 1.0) * gates["input_gate"][t] * u[t]
         rows.append(gelu_tanh(both[t, 0]) * h)
-    mixer.check(mixer.output(np.stack(rows)))
-    mixer.check(log_decay, mixer.log_decay)
+    mixer.assert_equal(mixer.output(np.stack(rows)))
+    mixer.assert_equal(log_decay, mixer.log_decay)
 
 
 def test_rg_lru_starts_with_long_memories():
@@ -62,7 +62,7 @@ def test_the_root_has_a_finite_slope_everywhere():
 def test_short_conv_equals_its_equations(build_mixer, options):
     mixer = build_mixer(ShortConvSpec(**options))
     before, after, u = np.moveaxis(mixer.linear("branches", mixer.x), 1, 0)
-    mixer.check(mixer.output(after * convolved(mixer, before * u)))
+    mixer.assert_equal(mixer.output(after * convolved(mixer, before * u)))
 
 
 def ternary(x, params, matrix_axes):
@@ -81,8 +81,8 @@ def test_matmul_free_equals_its_equations(build_mixer):
     for f, c in zip(expit(forget), candidate * expit(candidate), strict=True):
         h = f * h + (1 - f) * c
         rows.append(h)
-    mixer.check(ternary(expit(gate) * np.stack(rows), mixer.params["output"], (0, 1)))
-    mixer.check(-softplus(-forget), mixer.log_decay)
+    mixer.assert_equal(ternary(expit(gate) * np.stack(rows), mixer.params["output"], (0, 1)))
+    mixer.assert_equal(-softplus(-forget), mixer.log_decay)
 
 
 def test_sizes_and_costs_by_hand():

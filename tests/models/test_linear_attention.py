@@ -42,14 +42,14 @@ def test_equals_its_definition(build_mixer, name):
     pair = np.moveaxis(mixer.linear("query_key", mixer.x), 1, 0)
     q, k = (function(x, mixer.params.get(n)) for x, n in zip(pair, ("query_features", "key_features"), strict=True))
     y = attended(np.einsum("thf,shf->hts", q, k), mixer.linear("value", mixer.x))
-    mixer.check(mixer.output(y))
+    mixer.assert_equal(mixer.output(y))
 
 
 def test_taylor_is_the_exponential_to_second_order(build_mixer):
     mixer = build_mixer(LinearAttentionSpec(heads=2, key_size=5, feature_map=TaylorSpec()))
     q, k = np.moveaxis(mixer.linear("query_key", mixer.x), 1, 0)
     s = np.einsum("thk,shk->hts", q, k) / np.sqrt(5)
-    mixer.check(mixer.output(attended(1 + s + s**2 / 2, mixer.linear("value", mixer.x))))
+    mixer.assert_equal(mixer.output(attended(1 + s + s**2 / 2, mixer.linear("value", mixer.x))))
     assert mixer.spec.state_shape(16) == (2, 1 + 5 + 15, 9)
 
 
@@ -113,7 +113,7 @@ def test_based_is_the_sum_of_its_parts(build_mixer):
     linear = LinearAttentionSpec(heads=2, key_size=4, feature_map=TaylorSpec())
     window = AttentionSpec(heads=2, window=5)
     parts = [build_mixer(spec, params=mixer.raw[name]) for spec, name in ((linear, "first"), (window, "second"))]
-    mixer.check(np.asarray(parts[0].y, np.float64) + np.asarray(parts[1].y, np.float64))
+    mixer.assert_equal(np.asarray(parts[0].y, np.float64) + np.asarray(parts[1].y, np.float64))
     assert mixer.spec.flops_per_token(16, 64) == linear.flops_per_token(16, 64) + window.flops_per_token(16, 64)
 
 

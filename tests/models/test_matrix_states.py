@@ -51,8 +51,8 @@ def test_gla_equals_its_equations(build_mixer, options):
     logits = mixer.linear("decay.up", mixer.linear("decay.down", mixer.x))
     log_decay = log_sigmoid(logits) / options.get("temperature", 16)
     y = rms(read(q / np.sqrt(q.shape[-1]), k, mixer.linear("value", mixer.x), log_decay))
-    mixer.check(mixer.output(y * mixer.params["norm"]["scale"] * silu(mixer.linear("gate", mixer.x))))
-    mixer.check(log_decay, mixer.log_decay)
+    mixer.assert_equal(mixer.output(y * mixer.params["norm"]["scale"] * silu(mixer.linear("gate", mixer.x))))
+    mixer.assert_equal(log_decay, mixer.log_decay)
 
 
 @pytest.mark.parametrize("options", [{"heads": 2}, {"heads": 3, "key_size": 4, "position": {"kind": "none"}}])
@@ -64,8 +64,8 @@ def test_retention_equals_its_equations(build_mixer, options):
     log_decay = np.log(1 - 2.0 ** (-5 - np.arange(mixer.spec.heads)))
     y = read(q / np.sqrt(q.shape[-1]), k, mixer.linear("value", mixer.x), log_decay[:, None])
     y = y - y.mean(-1, keepdims=True)
-    mixer.check(mixer.output(rms(y) * silu(mixer.linear("gate", mixer.x))))
-    mixer.check(np.broadcast_to(log_decay, mixer.log_decay.shape), mixer.log_decay)
+    mixer.assert_equal(mixer.output(rms(y) * silu(mixer.linear("gate", mixer.x))))
+    mixer.assert_equal(np.broadcast_to(log_decay, mixer.log_decay.shape), mixer.log_decay)
 
 
 @pytest.mark.parametrize("layer", [0, 2])
@@ -76,8 +76,8 @@ def test_lightning_equals_the_equations_of_transnormer(build_mixer, layer):
         q, k = turned(q), turned(k)
     log_decay = -8 * np.arange(4) / 4 * (1 - layer / 4)
     y = rms(read(q, k, mixer.linear("value", mixer.x), log_decay[:, None]), (-2, -1), 1e-6)
-    mixer.check(mixer.output(y * mixer.linear("gate", mixer.x)))
-    mixer.check(np.broadcast_to(log_decay, mixer.log_decay.shape), mixer.log_decay)
+    mixer.assert_equal(mixer.output(y * mixer.linear("gate", mixer.x)))
+    mixer.assert_equal(np.broadcast_to(log_decay, mixer.log_decay.shape), mixer.log_decay)
 
 
 def test_lightning_equals_the_equations_of_minimax(build_mixer):
@@ -89,7 +89,7 @@ def test_lightning_equals_the_equations_of_minimax(build_mixer):
     q, k = np.moveaxis(silu(mixer.linear("query_key", mixer.x)), 1, 0)
     log_decay = -(2.0 ** np.array([-4, -8])) * (1 - 1 / (2 + 1e-5) + 1e-5)
     y = rms(read(q, k, silu(mixer.linear("value", mixer.x)), log_decay[:, None]), (-2, -1), 1e-6)
-    mixer.check(mixer.output(y * mixer.params["norm"]["scale"] * expit(mixer.linear("gate", mixer.x))))
+    mixer.assert_equal(mixer.output(y * mixer.params["norm"]["scale"] * expit(mixer.linear("gate", mixer.x))))
 
 
 @pytest.mark.parametrize("layer", [0, 3])
@@ -99,8 +99,8 @@ def test_hgrn2_equals_its_equations(build_mixer, layer):
     bound = expit(logit(layer / 4) + mixer.params["bound"])
     forget = bound + (1 - bound) * expit(gate)
     y = rms(read(silu(q), 1 - forget, mixer.linear("value", mixer.x), np.log(forget)), (-2, -1))
-    mixer.check(mixer.output(y * mixer.params["norm"]["scale"]))
-    mixer.check(np.log(forget), mixer.log_decay)
+    mixer.assert_equal(mixer.output(y * mixer.params["norm"]["scale"]))
+    mixer.assert_equal(np.log(forget), mixer.log_decay)
     assert np.all(bound < 1)
 
 
