@@ -65,7 +65,13 @@ def test_few_layers_of_masformer_see_everything():
         assert 0 < whole <= len(windows) / 4 and set(windows[whole:]) != {None}
 
 
-@pytest.mark.parametrize("name", TINY)
+SHARED = "samba_tiny", "griffin_tiny"
+"""Have between them what the others are made of, or have tests of it elsewhere."""
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in SHARED else pytest.mark.slow) for name in TINY]
+)
 def test_small_ones_learn(name):
     """A few steps on one short row bring its loss down, and every parameter has a gradient."""
     model = spec_of(name, width=48, remat="none").build()
