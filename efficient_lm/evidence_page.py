@@ -38,8 +38,8 @@ def page(name: str, evidence: Mapping[str, Any], rows: Sequence[Row], facts: Map
     lines = [
         f"# {name.replace('_', ' ').capitalize()}", "", evidence["question"], "",
         f"`python scripts/evidence.py {name}`, measured {facts['date'][:10]}: {total / 60:.1f} minutes for "
-        f"{len(tried)} runs, their wall times added up, on {where}. Seeds {seeds}: accuracy is the mean, with the range "
-        f"in parentheses, of answers that are right; seconds are those of the runs in the row.{swept}",
+        f"{len(tried)} runs, their wall times added up, on {where}. Seeds {seeds}: accuracy is the mean, with the "
+        f"range in parentheses, of answers that are right; seconds are those of the runs in the row.{swept}",
         "", *("| " + " | ".join(cells) + " |" for cells in table), "", *verdicts(evidence, rows),
     ]  # fmt: skip
     return "\n".join(lines).rstrip() + "\n"
