@@ -13,7 +13,7 @@ from efficient_lm.models.layers.linear import Linear
 from efficient_lm.models.layers.norms import NormSpec
 from efficient_lm.models.layers.positions import PositionSpec, RotarySpec
 from efficient_lm.models.mixers.base import Cache, MixerSpec, dividing
-from efficient_lm.models.mixers.token_cache import TokenCache, mean_seen, places
+from efficient_lm.models.mixers.token_cache import TokenCache, mean_seen, memory_faults, places
 from efficient_lm.models.parameters import ZEROS, Initialization, parameter
 from efficient_lm.spec import Count, Natural, OneOf, PerLayer, Positive
 from kernels_pallas.attention import attention, attention_weights
@@ -67,8 +67,7 @@ class AttentionSpec(MixerSpec):
             yield "heads", f"{heads} heads do not divide width {width}; {dividing(width, heads)}, or set head_size"
         if self.kv_heads and heads % self.kv_heads:
             yield "kv_heads", f"{self.kv_heads} do not divide {heads} heads; {dividing(heads, self.kv_heads)}"
-        if self.kept_tokens and self.window is None:
-            yield "kept_tokens", "tokens are kept beyond a window, and there is none: set window too"
+        yield from memory_faults(self.window, self.kept_tokens)
         if self.qk_norm_over != "head" and self.qk_norm is None:
             yield "qk_norm_over", f"'{self.qk_norm_over}' says what qk_norm is over, and there is none: set qk_norm too"
         if isinstance(self.position, RotarySpec) and self.size_per_head(width) % 2:

@@ -1,6 +1,5 @@
 """Lightning attention: linear attention whose heads forget at fixed rates, the slower the deeper the layer."""
 
-from collections.abc import Iterator
 from typing import Literal
 
 import jax
@@ -8,15 +7,14 @@ import jax.numpy as jnp
 
 from efficient_lm.models.context import Context
 from efficient_lm.models.layers.activations import ACTIVATIONS, Activation
-from efficient_lm.models.layers.linear import Linear
 from efficient_lm.models.layers.norms import NormSpec, RMSNormSpec
-from efficient_lm.models.layers.positions import PositionSpec, RotarySpec
-from efficient_lm.models.mixers.matrix_state import MatrixState, MatrixStateSpec, gated, turning_faults
+from efficient_lm.models.mixers.fixed_decay import FixedDecay, FixedDecaySpec
+from efficient_lm.models.mixers.matrix_state import gated
 from efficient_lm.models.parameters import Initialization
 from efficient_lm.spec import OneOf
 
 
-class LightningSpec(MatrixStateSpec):
+class LightningSpec(FixedDecaySpec):
     """``S_t = λ S_{t-1} + k_t v_tᵀ``, ``y_t = S_tᵀ q_t`` per head, and ``W_o (norm(y) * g(W_g x))``
 
     with ``q = f(W_q x)``, ``k = f(W_k x)``, ``v = f_v(W_v x)`` (Qin et al. 2023, TransNormerLLM, arXiv 2307.14995,
@@ -36,26 +34,15 @@ class LightningSpec(MatrixStateSpec):
     value_activation: Activation = "identity"
     gate_activation: Activation = "identity"
     decay: Literal["linear", "geometric"] = "linear"
-    position: OneOf[PositionSpec] = RotarySpec()
     norm: OneOf[NormSpec] = RMSNormSpec(scale=False)
-
-    def faults(self, width: int) -> Iterator[tuple[str, str]]:
-        yield from super().faults(width)
-        yield from turning_faults(self.position, self.resolved(width).key_size)
-
-    def weights(self, width: int) -> int:
-        sizes = self.resolved(width)
-        return super().weights(width) + width * sizes.heads * sizes.value_size
 
     def build(self, width: int, init: Initialization) -> "Lightning":
         return Lightning(self, width, init)
 
 
-class Lightning(MatrixState):
+class Lightning(FixedDecay):
     def __init__(self, spec: LightningSpec, width: int, init: Initialization):
         super().__init__(spec, width, init)
-        self.gate = Linear({"embed": width}, self.values, init=init)
-        self.position = spec.position.build(self.spec.heads, self.spec.key_size)
         self.norm = spec.norm.build(self.values)
 
     def _read(self, x: jax.Array, context: Context) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
@@ -71,10 +58,6 @@ class Lightning(MatrixState):
         if self.spec.decay == "linear":
             return -8 * head / self.spec.heads * (1 - layer / context.layers)
         return -jnp.exp2(-8 * (head + 1) / self.spec.heads) * (1 - layer / (context.layers - 1 + 1e-5) + 1e-5)
-
-    def log_decay(self, x: jax.Array, context: Context) -> jax.Array:
-        """``log λ``, float32 ``[batch, time, heads]``."""
-        return jnp.broadcast_to(self._rates(context), (*x.shape[:2], self.spec.heads))
 
     def _normed(self, y: jax.Array, x: jax.Array) -> jax.Array:
         return gated(self.norm(y.astype(jnp.float32)), self.gate(x), self.spec.gate_activation)

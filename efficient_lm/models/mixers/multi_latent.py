@@ -15,7 +15,7 @@ from efficient_lm.models.layers.norms import NormSpec, RMSNormSpec
 from efficient_lm.models.layers.positions import PositionSpec, RotarySpec
 from efficient_lm.models.mixers.attention import mean_entropy
 from efficient_lm.models.mixers.base import Cache, MixerSpec, dividing
-from efficient_lm.models.mixers.token_cache import TokenCache, mean_seen, places
+from efficient_lm.models.mixers.token_cache import TokenCache, mean_seen, memory_faults, places
 from efficient_lm.models.parameters import ZEROS, Initialization, parameter
 from efficient_lm.spec import Count, Natural, OneOf, PerLayer, Positive, Real
 from kernels_pallas.attention import attention, attention_weights
@@ -76,8 +76,7 @@ class MultiLatentSpec(MixerSpec):
         if self.head_size is None and width % sizes.heads:
             near = dividing(width, sizes.heads)
             yield "heads", f"{sizes.heads} heads do not divide width {width}; {near}, or set head_size"
-        if self.kept_tokens and self.window is None:
-            yield "kept_tokens", "tokens are kept beyond a window, and there is none: set window too"
+        yield from memory_faults(self.window, self.kept_tokens)
         if isinstance(self.position, RotarySpec) and sizes.rotary_size % 2:
             yield "rotary_size", f"rotary positions turn pairs of values, and {sizes.rotary_size} is odd"
 

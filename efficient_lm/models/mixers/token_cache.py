@@ -1,5 +1,6 @@
 """What attention remembers: some arrays for every token that a later one may see."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import jax
@@ -88,3 +89,9 @@ def mean_seen(context_length: int, window: int | None, kept: int) -> float:
 
 def _with_places(context: Context, values: dict[str, jax.Array]) -> dict[str, jax.Array]:
     return {**values, "positions": context.positions, "segment_ids": context.segment_ids}
+
+
+def memory_faults(window: int | None, kept_tokens: int) -> Iterator[tuple[str, str]]:
+    """Faults of what a spec says attention remembers."""
+    if kept_tokens and window is None:
+        yield "kept_tokens", "tokens are kept beyond a window, and there is none: set window too"
