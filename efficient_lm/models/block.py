@@ -1,4 +1,7 @@
-"""A block: a sequence mixer and a channel mixer, each with its norms and its way into the residual stream."""
+"""A block: a sequence mixer and a channel mixer, each with its norms and its way into the residual stream.
+
+A depth rule, where there is one, decides which tokens run it.
+"""
 
 from collections.abc import Iterator
 from typing import Any, Literal
@@ -7,14 +10,17 @@ import jax
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+import efficient_lm.models.depth
 import efficient_lm.models.ffns
-import efficient_lm.models.mixers  # noqa: F401  (every kind of both folders registers itself)
+import efficient_lm.models.mixers  # noqa: F401  (every kind of these folders registers itself)
+from efficient_lm.models.auxiliary import Auxiliary
 from efficient_lm.models.context import Context
-from efficient_lm.models.ffns.base import Auxiliary, FFNSpec
+from efficient_lm.models.depth.base import DepthSpec
+from efficient_lm.models.ffns.base import FFNSpec
 from efficient_lm.models.layers.linear import scaled
 from efficient_lm.models.layers.norms import NormSpec, RMSNormSpec
 from efficient_lm.models.mixers.base import Cache, MixerSpec
-from efficient_lm.models.parameters import Initialization
+from efficient_lm.models.parameters import Initialization, Parameters
 from efficient_lm.spec import OneOf, Positive, Spec
 
 
@@ -30,6 +36,7 @@ class BlockSpec(Spec):
 
     Attributes:
         mixer, ffn: the two halves; either may be null, not both.
+        depth: which tokens run the block; null: all.
         norm: the norm at the place that `norm_position` names.
         norm_position: ``pre``: ``x + f(norm(x))``; ``post``: ``norm(x + f(x))`` (Vaswani et al. 2017);
             ``output``: ``x + norm(f(x))`` (OLMo 2); ``sandwich``: ``x + norm(f(norm(x)))`` (Gemma 2);
@@ -43,6 +50,7 @@ class BlockSpec(Spec):
 
     mixer: OneOf[MixerSpec] | None
     ffn: OneOf[FFNSpec] | None = None
+    depth: OneOf[DepthSpec] | None = None
     norm: OneOf[NormSpec] = RMSNormSpec()
     norm_position: Literal["pre", "post", "output", "sandwich", "stream"] = "pre"
     residual: Literal["sequential", "parallel"] = "sequential"
@@ -60,26 +68,40 @@ class BlockSpec(Spec):
             yield "norm_position", "stream needs residual: sequential, for parallel halves share one stream"
         if self.residual == "parallel" and isinstance(self.stream_multiplier, Halves):
             yield "stream_multiplier", "parallel halves share one stream: give one factor"
-        for name, half in (("mixer", self.mixer), ("ffn", self.ffn)):
-            if half is not None:
-                yield from ((f"{name}.{key}", message) for key, message in half.faults(width))
+        for name, part in self._parts.items():
+            if part is not None:
+                yield from ((f"{name}.{key}", message) for key, message in part.faults(width))
 
     def resolved(self, width: int) -> "BlockSpec":
         """The same with every size that follows from the width filled in."""
-        halves = {"mixer": self.mixer, "ffn": self.ffn}
-        changes = {name: half and half.resolved(width) for name, half in halves.items()}
+        changes = {name: part and part.resolved(width) for name, part in self._parts.items()}
         for name in ("residual_multiplier", "stream_multiplier"):
             factors = factors_of(getattr(self, name))
             changes[name] = factors.mixer if factors.mixer == factors.ffn else factors
         return self.model_copy(update=changes)
 
+    @property
+    def _parts(self) -> dict[str, MixerSpec | FFNSpec | DepthSpec | None]:
+        return {"mixer": self.mixer, "ffn": self.ffn, "depth": self.depth}
+
     def build(self, width: int, init: Initialization) -> "Block":
         return Block(self, width, init)
 
+    def corrected(self, params: Parameters, counts: dict[str, jax.Array]) -> Parameters:
+        """A layer's parameters, moved by what its tokens were counted to do (see `FFNSpec.corrected`)."""
+        if self.ffn is None or not counts:
+            return params
+        half = params["ffn"] | {"inner": self.ffn.corrected(params["ffn"]["inner"], counts)}
+        return params | {"ffn": half}
+
     def flops_per_token(self, width: int, context_length: int) -> float:
-        """Forward FLOPs of the matrices and the mixer for one token."""
-        mixer = self.mixer.flops_per_token(width, context_length) if self.mixer else 0.0
-        return mixer + (self.ffn.flops_per_token(width) if self.ffn else 0.0)
+        """Forward FLOPs of the matrices and the mixer for one token; its share of them where a depth rule chooses."""
+
+        def whole(context_length: float) -> float:
+            mixer = self.mixer.flops_per_token(width, context_length) if self.mixer else 0.0
+            return mixer + (self.ffn.flops_per_token(width) if self.ffn else 0.0)
+
+        return whole(context_length) if self.depth is None else self.depth.flops_per_token(width, whole, context_length)
 
 
 def factors_of(multiplier: float | Halves) -> Halves:
@@ -123,18 +145,19 @@ class Block(nnx.Module):
         self.mixer_norm = post_norm(spec.mixer and not self.parallel)
         self.ffn_norm = post_norm(spec.ffn and not self.parallel)
         self.joint_norm = post_norm(self.parallel)
+        self.depth = spec.depth and spec.depth.build(width, init)
 
     def __call__(
         self, x: jax.Array, context: Context, cache: Cache | None = None
     ) -> tuple[jax.Array, Cache | None, Auxiliary]:
-        """`x [batch, time, width]` → the same shape and dtype, the cache with these tokens added, auxiliary scalars."""
+        """`x [batch, time, width]` → the same shape and dtype, the cache with these tokens added, auxiliaries."""
         run = self._parallel if self.parallel else self._sequential
-        return run(x, context, cache)
+        return run(x, context, cache) if self.depth is None else self.depth(run, x, context, cache)
 
     def _sequential(
         self, x: jax.Array, context: Context, cache: Cache | None
     ) -> tuple[jax.Array, Cache | None, Auxiliary]:
-        auxiliary: Auxiliary = {}
+        auxiliary = Auxiliary()
         if self.mixer is not None:
             x = _normed(self.mixer.stream_norm, x)
             y, cache = self.mixer(x, context, cache)
@@ -150,7 +173,7 @@ class Block(nnx.Module):
     def _parallel(
         self, x: jax.Array, context: Context, cache: Cache | None
     ) -> tuple[jax.Array, Cache | None, Auxiliary]:
-        auxiliary: Auxiliary = {}
+        auxiliary = Auxiliary()
         source = _normed(self.shared_norm, x)
         total = scaled(x, (self.mixer or self.ffn).stream_multiplier)
         if self.mixer is not None:
@@ -166,8 +189,12 @@ class Block(nnx.Module):
         return _normed(self.mixer.input_norm, _normed(self.mixer.stream_norm, _normed(self.shared_norm, x)))
 
     def init_cache(self, batch: int, length: int, dtype: jax.typing.DTypeLike) -> Cache | None:
-        """The mixer's empty cache."""
-        return None if self.mixer is None else self.mixer.inner.init_cache(batch, length, dtype)
+        """The empty cache of the mixer, and of the depth rule."""
+
+        def empty(batch: int, length: int, dtype: jax.typing.DTypeLike) -> Cache | None:
+            return None if self.mixer is None else self.mixer.inner.init_cache(batch, length, dtype)
+
+        return empty(batch, length, dtype) if self.depth is None else self.depth.init_cache(empty, batch, length, dtype)
 
 
 def _normed(norm: nnx.Module | None, x: jax.Array) -> jax.Array:

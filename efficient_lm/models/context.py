@@ -12,8 +12,8 @@ Mode = Literal["train", "prefill", "decode"]
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["positions", "segment_ids", "layer"],
-    meta_fields=["mode", "packed", "layers"],
+    data_fields=["positions", "segment_ids", "layer", "key"],
+    meta_fields=["mode", "packed", "layers", "record"],
 )
 @dataclass(frozen=True)
 class Context:
@@ -26,6 +26,8 @@ class Context:
         packed: whether rows may hold padding or several documents; False lets a mixer skip those masks.
         layer: index in the model of the layer that is told, from 0; the stack sets it.
         layers: how many layers the model has; the stack sets it.
+        key: of this step's random numbers; None where nothing is random, as in evaluation.
+        record: whether routers also observe what became of each token (arrays ``[batch, time, ...]``).
     """
 
     positions: jax.Array
@@ -34,6 +36,12 @@ class Context:
     packed: bool = field(default=True)
     layer: jax.Array | int = 0
     layers: int = 1
+    key: jax.Array | None = None
+    record: bool = False
+
+    def random(self, purpose: int) -> jax.Array | None:
+        """The key of this layer's random numbers for a purpose; None where nothing is random."""
+        return None if self.key is None else jax.random.fold_in(jax.random.fold_in(self.key, self.layer), purpose)
 
     @classmethod
     def rows(cls, batch: int, time: int) -> "Context":

@@ -9,9 +9,9 @@ from flax import nnx
 from pydantic import Field, model_validator
 
 from efficient_lm.errors import ConfigError, nearest
+from efficient_lm.models.auxiliary import Auxiliary
 from efficient_lm.models.block import REMAT_NAMES, BlockSpec
 from efficient_lm.models.context import Context
-from efficient_lm.models.ffns.base import Auxiliary
 from efficient_lm.models.layers.norms import NormSpec, RMSNormSpec
 from efficient_lm.models.mixers.base import MixerSpec
 from efficient_lm.models.parameters import Blueprint, Initialization, Normal, Parameters, parameter
@@ -177,13 +177,20 @@ class LanguageModel:
             dtype: of the computation; parameters stay float32.
 
         Returns:
-            `[batch, time, width]` in `dtype`, the caches with these tokens added, and auxiliary float32 scalars.
+            `[batch, time, width]` in `dtype`, the caches with these tokens added, and auxiliaries as of `Stack`.
         """
         context = context or Context.rows(*tokens.shape)
         x = self.embedding(params["embedding"])(tokens, context.positions, dtype)
         x, caches, auxiliary = self.stack(params["stack"], x, context, caches)
         norm = self.head(params["head"]).norm
         return x if norm is None else norm(x), caches, auxiliary
+
+    def corrected(self, params: Parameters, counts: dict[str, Any]) -> Parameters:
+        """The parameters after an optimizer step, moved by what the step's tokens were counted to do.
+
+        `counts` is the part of `Auxiliary.observed` that `efficient_lm.models.auxiliary.counts` keeps.
+        """
+        return params | {"stack": self.stack.corrected(params["stack"], counts)} if counts else params
 
     def head_weight(self, params: Parameters) -> jax.Array:
         """Output weights, float32 ``[width, vocab]``."""

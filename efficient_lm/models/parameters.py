@@ -144,10 +144,10 @@ class Declaration:
         """Number of values."""
         return math.prod(self.shape)
 
-    def stacked(self, layers: int) -> "Declaration":
-        """The declaration of `layers` such parameters in one array with a leading axis `layers`."""
-        shifted = self.matrix and tuple(tuple(axis + 1 for axis in side) for side in self.matrix)
-        return replace(self, shape=(layers, *self.shape), axes=("layers", *self.axes), matrix=shifted)
+    def stacked(self, count: int, axis: str = "layers") -> "Declaration":
+        """The declaration of `count` such parameters in one array with a leading axis of this name."""
+        shifted = self.matrix and tuple(tuple(place + 1 for place in side) for side in self.matrix)
+        return replace(self, shape=(count, *self.shape), axes=(axis, *self.axes), matrix=shifted)
 
     def unstacked(self) -> "Declaration":
         """The declaration of one of the parameters in an array with a leading axis `layers`."""

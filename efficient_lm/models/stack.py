@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from efficient_lm.models.auxiliary import Auxiliary, added
 from efficient_lm.models.block import REMAT_NAMES, BlockSpec
 from efficient_lm.models.context import Context
-from efficient_lm.models.ffns.base import Auxiliary
 from efficient_lm.models.parameters import Blueprint, Initialization, Parameters, map_declarations
 
 Remat = Literal["none", "full", "dots", "names"]
@@ -137,40 +137,55 @@ class Stack:
     def __call__(
         self, params: Parameters, x: jax.Array, context: Context, caches: Caches | None = None
     ) -> tuple[jax.Array, Caches | None, Auxiliary]:
-        """`x [batch, time, width]` through every layer → the same, the caches with these tokens, summed auxiliaries."""
+        """`x [batch, time, width]` through every layer → the same, the caches with these tokens, auxiliaries.
+
+        Losses are summed over layers; what was observed is ``{"segment_0": {"layer_0": {name: values}}}``, stacked over
+        repeats as parameters are.
+        """
         new_caches: Caches = {}
-        auxiliary: Auxiliary = {}
+        losses: dict[str, jax.Array] = {}
+        observed: dict[str, Any] = {}
         for name, (part, period) in zip(params, zip(self.segments, self.periods, strict=True), strict=True):
             order = part.start + jnp.arange(part.layers, dtype=jnp.int32).reshape(part.repeats, len(period))
             steps = (params[name], None if caches is None else caches[name], order)
             body = self._period(period, context)
             if part.repeats > 1 and self.scan:
-                x, (new_caches[name], sums) = lax.scan(body, x, steps)
-                sums = jax.tree.map(lambda value: value.sum(0), sums)
+                x, (new_caches[name], more, observed[name]) = lax.scan(body, x, steps)
             else:
-                x, (new_caches[name], sums) = _unrolled(body, x, steps, part.repeats)
-            auxiliary = _added(auxiliary, sums)
-        return x, None if caches is None else new_caches, auxiliary
+                x, (new_caches[name], more, observed[name]) = _unrolled(body, x, steps, part.repeats)
+            losses = added(losses, jax.tree.map(lambda values: values.sum(0), more))
+        return x, None if caches is None else new_caches, Auxiliary(losses, observed)
 
     def _period(self, period: Sequence[Blueprint], context: Context) -> Callable:
         depth = self.depth
 
         def run(
             x: jax.Array, step: tuple[Parameters, Caches | None, jax.Array]
-        ) -> tuple[jax.Array, tuple[Any, Auxiliary]]:
+        ) -> tuple[jax.Array, tuple[Any, dict[str, jax.Array], dict[str, Any]]]:
             params, caches, order = step
             new_caches: dict[str, Any] = {}
-            auxiliary: Auxiliary = {}
+            losses: dict[str, jax.Array] = {}
+            observed: dict[str, Any] = {}
             for place, ((name, values), blueprint) in enumerate(zip(params.items(), period, strict=True)):
                 here = replace(context, layer=order[place], layers=depth)
                 block = self.remat(
                     lambda values, x, cache, blueprint=blueprint, here=here: blueprint(values)(x, here, cache)
                 )
                 x, new_caches[name], more = block(values, x, None if caches is None else caches[name])
-                auxiliary = _added(auxiliary, more)
-            return x, (None if caches is None else new_caches, auxiliary)
+                losses, observed[name] = added(losses, more.losses), more.observed
+            return x, (None if caches is None else new_caches, losses, observed)
 
         return run
+
+    def corrected(self, params: Parameters, counts: dict[str, Any]) -> Parameters:
+        """The parameters after an optimizer step, moved by the `counts` of each layer (see `FFNSpec.corrected`)."""
+        return {
+            f"segment_{number}": {
+                name: spec.corrected(params[f"segment_{number}"][name], counts[f"segment_{number}"][name])
+                for name, spec in zip(params[f"segment_{number}"], part.period, strict=True)
+            }
+            for number, part in enumerate(self.segments)
+        }
 
     def init_caches(self, batch: int, length: int, dtype: jax.typing.DTypeLike) -> Caches:
         """Empty caches of every mixer, stacked over each segment's repeats."""
@@ -189,14 +204,9 @@ class Stack:
 
 
 def _unrolled(body: Callable, x: jax.Array, steps: Any, repeats: int) -> tuple[jax.Array, Any]:
-    """What `lax.scan(body, x, steps)` computes, layer by layer, auxiliaries already summed."""
-    caches, auxiliary = [], {}
+    """What `lax.scan(body, x, steps)` computes, layer by layer."""
+    found = []
     for index in range(repeats):
-        x, (cache, more) = body(x, jax.tree.map(lambda leaf, index=index: leaf[index], steps))
-        caches.append(cache)
-        auxiliary = _added(auxiliary, more)
-    return x, (jax.tree.map(lambda *leaves: jnp.stack(leaves), *caches), auxiliary)
-
-
-def _added(left: Auxiliary, right: Auxiliary) -> Auxiliary:
-    return left | {name: left[name] + value if name in left else value for name, value in right.items()}
+        x, more = body(x, jax.tree.map(lambda leaf, index=index: leaf[index], steps))
+        found.append(more)
+    return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *found)

@@ -4,7 +4,7 @@ The one division happens in the training step, after accumulation over micro-bat
 over tokens is the same however a batch is cut.
 """
 
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 
@@ -24,11 +24,13 @@ class Sums(NamedTuple):
         loss: what is differentiated, summed over weighted tokens.
         weight: what `loss` and every metric are divided by in the end.
         metrics: other sums, by name; `cross_entropy` is always among them.
+        counts: what layers counted, by layer (see `efficient_lm.models.auxiliary.counts`).
     """
 
     loss: jax.Array
     weight: jax.Array
     metrics: dict[str, jax.Array]
+    counts: dict[str, Any] = {}  # noqa: RUF012  (never written to)
 
 
 class ObjectiveSpec(Choice, role="objective"):
@@ -41,12 +43,21 @@ class ObjectiveSpec(Choice, role="objective"):
     causal: ClassVar[bool] = True
 
     def sums(
-        self, model: LanguageModel, params: Parameters, batch: Batch, dtype: jax.typing.DTypeLike, packed: bool = True
+        self,
+        model: LanguageModel,
+        params: Parameters,
+        batch: Batch,
+        dtype: jax.typing.DTypeLike,
+        packed: bool = True,
+        key: jax.Array | None = None,
     ) -> Sums:
-        """Loss and counts of one (micro-)batch, computed in `dtype`; `packed` False promises whole-row documents."""
+        """Loss and counts of one (micro-)batch, computed in `dtype`; `packed` False promises whole-row documents.
+
+        `key` is of the random numbers of training; None has none.
+        """
         raise TypeError(f"{type(self).__name__} does not define sums")
 
 
-def context_of(batch: Batch, packed: bool = True) -> Context:
+def context_of(batch: Batch, packed: bool = True, key: jax.Array | None = None) -> Context:
     """The positions and documents of a batch, for a pass without cache."""
-    return Context(batch["positions"], batch["segment_ids"], "train", packed)
+    return Context(batch["positions"], batch["segment_ids"], "train", packed, key=key)

@@ -3,8 +3,8 @@
 from typing import Literal
 
 import jax
-import jax.numpy as jnp
 
+from efficient_lm.models.auxiliary import counts, means
 from efficient_lm.models.language_model import LanguageModel
 from efficient_lm.models.parameters import Parameters
 from efficient_lm.objectives.base import Batch, ObjectiveSpec, Sums, context_of
@@ -26,9 +26,15 @@ class CausalLMSpec(ObjectiveSpec):
     chunk: Count | None = None
 
     def sums(
-        self, model: LanguageModel, params: Parameters, batch: Batch, dtype: jax.typing.DTypeLike, packed: bool = True
+        self,
+        model: LanguageModel,
+        params: Parameters,
+        batch: Batch,
+        dtype: jax.typing.DTypeLike,
+        packed: bool = True,
+        key: jax.Array | None = None,
     ) -> Sums:
-        hidden, _, auxiliary = model.hidden(params, batch["tokens"], context_of(batch, packed), dtype=dtype)
+        hidden, _, auxiliary = model.hidden(params, batch["tokens"], context_of(batch, packed, key), dtype=dtype)
         sums = linear_cross_entropy(
             hidden.reshape(-1, hidden.shape[-1]),
             model.head_weight(params),
@@ -43,7 +49,7 @@ class CausalLMSpec(ObjectiveSpec):
         if self.z_loss:
             loss = loss + self.z_loss * sums.z_loss_sum
             metrics["z_loss"] = self.z_loss * sums.z_loss_sum
-        if "loss" in auxiliary:
-            loss = loss + auxiliary["loss"] * sums.weight_sum
-        metrics |= {name: value * sums.weight_sum for name, value in auxiliary.items() if jnp.ndim(value) == 0}
-        return Sums(loss, sums.weight_sum, metrics)
+        loss = loss + sum(auxiliary.losses.values()) * sums.weight_sum
+        seen = auxiliary.losses | means(auxiliary.observed)
+        metrics |= {name: value * sums.weight_sum for name, value in seen.items()}
+        return Sums(loss, sums.weight_sum, metrics, counts(auxiliary.observed))

@@ -45,6 +45,7 @@ class Setup:
             accumulate=train.accumulate,
             clip_norm=train.clip_norm,
             dtype=self.config.precision.dtype,
+            seed=self.config.run.seed,
         )
         shardings = state_shardings(self.model, self.optimizer, self.layout)
         return jax.jit(step, donate_argnums=0, out_shardings=(shardings, self.layout.replicated))

@@ -59,6 +59,7 @@ def make_step(
     clip_norm: float | None = None,
     dtype: jax.typing.DTypeLike = jnp.float32,
     packed: bool = True,
+    seed: int = 0,
 ) -> Callable[[State, Batch], tuple[State, dict[str, jax.Array]]]:
     """A function ``(state, batch) -> (state, metrics)``, to be jitted with the state donated.
 
@@ -67,26 +68,29 @@ def make_step(
         clip_norm: bound of the gradient's global L2 norm.
         dtype: of the computation; parameters, gradients and optimizer state are float32.
         packed: False promises that every row is one whole document.
+        seed: of what is random in a step; with the step's number it gives the same numbers again.
 
     The metrics are float32 scalars: `loss` (cross entropy per token, nats), `weight` (tokens), `grad_norm` before
     clipping, `finite`, `nonfinite` (steps in a row), and the objective's own per token.
     """
 
-    def loss(params: Parameters, batch: Batch) -> tuple[jax.Array, Sums]:
-        sums = objective.sums(model, params, batch, dtype, packed)
+    def loss(params: Parameters, batch: Batch, key: jax.Array) -> tuple[jax.Array, Sums]:
+        sums = objective.sums(model, params, batch, dtype, packed, key)
         return sums.loss, sums
 
     gradient = jax.grad(loss, has_aux=True)
 
     def step(state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
         params = state["parameters"]
-        grads, sums = gradient(params, batch) if accumulate == 1 else _accumulated(gradient, params, batch, accumulate)
+        key = jax.random.fold_in(jax.random.key(seed), state["step"])
+        grads, sums = _accumulated(gradient, params, batch, key, accumulate)
         count = jnp.maximum(sums.weight, 1.0)
         norm = optax.tree.norm(grads) / count
         finite = jnp.isfinite(sums.loss) & jnp.isfinite(norm)
         grads = _scaled(grads, _clipping(norm, clip_norm) / count)
         updates, moments = optimizer.update(grads, state["optimizer"], params)
-        new = {"parameters": optax.apply_updates(params, updates), "optimizer": moments}
+        moved = model.corrected(optax.apply_updates(params, updates), sums.counts)
+        new = {"parameters": moved, "optimizer": moments}
         # A step that is not a number changes nothing but the counters.
         new = jax.tree.map(
             lambda after, before: jnp.where(finite, after, before), new, {key: state[key] for key in new}
@@ -108,17 +112,20 @@ def _scaled(tree: Any, factor: jax.Array) -> Any:
     return jax.tree.map(lambda leaf: leaf * factor, tree)
 
 
-def _accumulated(gradient: Callable, params: Parameters, batch: Batch, pieces: int) -> tuple[Any, Sums]:
-    """Gradients and sums over `pieces` micro-batches, one after the other."""
+def _accumulated(gradient: Callable, params: Parameters, batch: Batch, key: jax.Array, pieces: int) -> tuple[Any, Sums]:
+    """Gradients and sums over `pieces` micro-batches, one after the other, each with random numbers of its own."""
+    if pieces == 1:
+        return gradient(params, batch, key)
 
     def cut(leaf: jax.Array) -> jax.Array:
         # Every piece takes its rows from each device's share, so that none has to travel.
         return jnp.swapaxes(leaf.reshape(leaf.shape[0] // pieces, pieces, *leaf.shape[1:]), 0, 1)
 
-    def add(total: Any, piece: Batch) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, total, gradient(params, piece)), None
+    def add(total: Any, step: tuple[Batch, jax.Array]) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, gradient(params, *step)), None
 
     pieces_of_batch = jax.tree.map(cut, batch)
     first = jax.tree.map(lambda leaf: leaf[0], pieces_of_batch)
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(gradient, params, first))
-    return jax.lax.scan(add, zeros, pieces_of_batch)[0]
+    shapes = jax.eval_shape(gradient, params, first, key)
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    return jax.lax.scan(add, zeros, (pieces_of_batch, jax.random.split(key, pieces)))[0]

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+from efficient_lm.models.auxiliary import Auxiliary
 from efficient_lm.models.ffns.base import FFNSpec
 from efficient_lm.models.layers.activations import ACTIVATIONS
 from efficient_lm.models.parameters import Blueprint, Initialization
@@ -42,7 +43,7 @@ def test_equals_its_formula(kind, options, activation):
         hidden = FUNCTIONS[activation](spec.gate_multiplier * both[..., 0, :]) * both[..., 1, :]
     want = spec.output_multiplier * (hidden @ params["down"]["weight"] + params["down"]["bias"])
     np.testing.assert_allclose(got, want, atol=1e-5 * np.abs(want).max())
-    assert auxiliary == {}
+    assert auxiliary == Auxiliary()
     assert spec.flops_per_token(WIDTH) == 2 * sum(p["weight"].size for p in params.values())
 
 

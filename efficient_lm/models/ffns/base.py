@@ -1,7 +1,6 @@
 """The contract of a channel mixer.
 
-``y, auxiliary = ffn(x, context)`` with `x [batch, time, width]`: each token by itself. `auxiliary` maps names to
-float32 scalars; `loss`, where present, is added to the objective, already weighted by the spec.
+``y, auxiliary = ffn(x, context)`` with `x [batch, time, width]`: each token by itself (see `Auxiliary`).
 """
 
 from collections.abc import Iterator
@@ -9,10 +8,8 @@ from collections.abc import Iterator
 import jax
 from flax import nnx
 
-from efficient_lm.models.parameters import Initialization
+from efficient_lm.models.parameters import Initialization, Parameters
 from efficient_lm.spec import Choice
-
-Auxiliary = dict[str, jax.Array]
 
 
 class FFNSpec(Choice, role="ffn"):
@@ -29,6 +26,14 @@ class FFNSpec(Choice, role="ffn"):
     def build(self, width: int, init: Initialization) -> nnx.Module:
         """The module, called as ``ffn(x, context)``."""
         raise TypeError(f"{type(self).__name__} does not define build")
+
+    def corrected(self, params: Parameters, counts: dict[str, jax.Array]) -> Parameters:
+        """The parameters after an optimizer step, moved by what its tokens were counted to do.
+
+        Arrays have a leading axis `layers`; `counts` are the arrays among what the layers observed, summed over the
+        step's micro-batches.
+        """
+        return params
 
     def flops_per_token(self, width: int) -> float:
         """Forward FLOPs for one token; the backward pass costs twice as much."""

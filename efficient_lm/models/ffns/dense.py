@@ -6,8 +6,9 @@ import jax
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+from efficient_lm.models.auxiliary import Auxiliary
 from efficient_lm.models.context import Context
-from efficient_lm.models.ffns.base import Auxiliary, FFNSpec
+from efficient_lm.models.ffns.base import FFNSpec
 from efficient_lm.models.layers.activations import ACTIVATIONS, Activation
 from efficient_lm.models.layers.linear import Linear, scaled
 from efficient_lm.models.layers.ternary import TernaryLinear
@@ -118,4 +119,4 @@ class Dense(nnx.Module):
             hidden = self.activation(scaled(both[..., 0, :], self.gate_multiplier)) * both[..., 1, :]
         else:
             hidden = self.activation(checkpoint_name(self.up(x), "ffn_hidden"))
-        return scaled(self.down(hidden), self.output_multiplier), {}
+        return scaled(self.down(hidden), self.output_multiplier), Auxiliary()

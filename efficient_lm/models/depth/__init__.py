@@ -1,0 +1,5 @@
+"""Depth rules, one file each: which tokens run a block. Every file of this folder is imported."""
+
+from efficient_lm.spec import load_kinds
+
+load_kinds(__name__, __path__)

@@ -1,0 +1,42 @@
+"""The contract of a depth rule: it wraps a block, and decides which tokens the block runs for."""
+
+from collections.abc import Callable, Iterator
+
+import jax
+from flax import nnx
+
+from efficient_lm.models.auxiliary import Auxiliary
+from efficient_lm.models.context import Context
+from efficient_lm.models.mixers.base import Cache
+from efficient_lm.models.parameters import Initialization
+from efficient_lm.spec import Choice
+
+Run = Callable[[jax.Array, Context, Cache | None], tuple[jax.Array, Cache | None, Auxiliary]]
+"""A block: ``run(x, context, cache)`` → the residual stream behind it, the cache with these tokens, auxiliaries."""
+
+
+class DepthSpec(Choice, role="depth"):
+    """A depth rule. One file per kind in this folder; defining the class registers it."""
+
+    def faults(self, width: int) -> Iterator[tuple[str, str]]:
+        """What cannot work in a model of this width: pairs of (key, message)."""
+        return iter(())
+
+    def resolved(self, width: int) -> "DepthSpec":
+        """The same with every size that follows from the width filled in."""
+        return self
+
+    def build(self, width: int, init: Initialization) -> nnx.Module:
+        """The module, called as ``rule(run, x, context, cache)`` with the result of `Run`.
+
+        Its ``init_cache(empty, batch, length, dtype)`` makes the cache of rule and block; ``empty(batch, length,
+        dtype)`` is the block's own.
+        """
+        raise TypeError(f"{type(self).__name__} does not define build")
+
+    def flops_per_token(self, width: int, block: Callable[[float], float], context_length: float) -> float:
+        """Forward FLOPs for one token of the sequence, the block's share included.
+
+        `block(context_length)` is what the block costs for one token that runs it, among so many that do.
+        """
+        raise TypeError(f"{type(self).__name__} does not define flops_per_token")
