@@ -41,6 +41,7 @@ def plan(config: RunConfig) -> dict[str, Any]:
     model.check_length(train.sequence_length, "train.sequence_length")
     layout = config.parallelism.build()
     layout.check_batch(train.batch_size, train.accumulate)
+    layout.check_experts(config.model)
     schedule = config.schedule.build(config.optimizer.learning_rate, train.steps)
     optimizer = config.optimizer.build(schedule, decay_mask(model.declarations))
     state = abstract_state(model, optimizer, layout)
@@ -50,7 +51,8 @@ def plan(config: RunConfig) -> dict[str, Any]:
     batch["weights"] = jax.ShapeDtypeStruct(shape, jnp.float32)
     options = {"accumulate": train.accumulate, "clip_norm": train.clip_norm, "dtype": config.precision.dtype}
     step = jax.jit(make_step(model, config.objective, optimizer, **options), donate_argnums=0)
-    memory = step.lower(state, batch).compile().memory_analysis()
+    with layout.active():
+        memory = step.lower(state, batch).compile().memory_analysis()
     parameters, gradients = _bytes(state["parameters"]), _bytes(state["parameters"])
     caches = jax.eval_shape(lambda: model.init_caches(1, train.sequence_length, config.precision.dtype))
     forward = model.flops_per_token(train.sequence_length)

@@ -58,7 +58,7 @@ def train(config: RunConfig) -> dict[str, Any]:
     """
     setup = prepare(config)
     config = setup.config
-    with RunDirectory(config.run.dir) as run, Interruption() as interruption:
+    with setup.layout.active(), RunDirectory(config.run.dir) as run, Interruption() as interruption:
         checkpoints = Checkpoints(run.checkpoints, config.train.keep_checkpoints)
         state, progress = _resume_or_start(setup, run, checkpoints)
         session = _Session(setup, run, checkpoints, progress)

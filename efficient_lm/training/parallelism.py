@@ -1,6 +1,7 @@
 """Where arrays live: a device mesh, and a table from logical axes to mesh axes."""
 
 import math
+from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
@@ -9,11 +10,10 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from efficient_lm.errors import ConfigError, nearest
+from efficient_lm.models.ffns.expert_parallel import AXIS, BATCH_AXES
+from efficient_lm.models.language_model import ModelSpec
 from efficient_lm.models.parameters import Declaration, Parameters, map_declarations
 from efficient_lm.spec import Spec
-
-BATCH_AXES = ("data", "fsdp")
-"""Mesh axes that divide the batch."""
 
 
 class ParallelismSpec(Spec):
@@ -46,6 +46,27 @@ class Layout:
         self.replicated = NamedSharding(self.mesh, P())
         self.batch_axes = tuple(axis for axis in BATCH_AXES if axis in sizes)
         self.batch_ways = math.prod(sizes[axis] for axis in self.batch_axes)
+
+    def active(self) -> AbstractContextManager:
+        """A context in which layers can ask for the mesh, as experts divided over devices do."""
+        return jax.set_mesh(self.mesh)
+
+    def check_experts(self, model: ModelSpec) -> None:
+        """Refuse experts that do not divide over their mesh axis. Raises `ConfigError`."""
+        ways = self.mesh.shape.get(AXIS, 1)
+        if ways > 1 and self.rules.get("experts") != AXIS:
+            raise ConfigError(
+                f"parallelism.mesh.{AXIS}: {ways} devices, but no rule puts experts there: "
+                f"add parallelism.rules.experts={AXIS}"
+            )
+        for name, layer in zip(model.layer_names(), model.layers(), strict=True):
+            count = getattr(layer.ffn, "experts", None)
+            if count is not None and count % ways:
+                fitting = ", ".join(str(size) for size in range(1, count + 1) if count % size == 0)
+                raise ConfigError(
+                    f"parallelism.mesh.{AXIS}: {ways} devices do not divide the {count} experts of "
+                    f"model.blocks.{name}.ffn; valid: {fitting}"
+                )
 
     def check_batch(self, batch_size: int, accumulate: int) -> None:
         """Refuse a batch that does not divide into micro-batches and over devices. Raises `ConfigError`."""

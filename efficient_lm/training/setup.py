@@ -99,6 +99,7 @@ def prepare(config: RunConfig) -> Setup:
     train = config.train
     layout = config.parallelism.build()
     layout.check_batch(train.batch_size, train.accumulate)
+    layout.check_experts(config.model)
     tokenizer = config.tokenizer.build()
     config = with_vocabulary(config, tokenizer)
     model = config.model.build()
