@@ -12,7 +12,7 @@ Mode = Literal["train", "prefill", "decode"]
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["positions", "segment_ids", "layer", "key"],
+    data_fields=["positions", "segment_ids", "layer", "key", "pregated"],
     meta_fields=["mode", "packed", "layers", "record"],
 )
 @dataclass(frozen=True)
@@ -28,6 +28,8 @@ class Context:
         layers: how many layers the model has; the stack sets it.
         key: of this step's random numbers; None where nothing is random, as in evaluation.
         record: whether routers also observe what became of each token (arrays ``[batch, time, ...]``).
+        pregated: float32 ``[batch, time, experts]``, scores of a router in front of the layers (see `models.pregate`);
+            None where there is none.
     """
 
     positions: jax.Array
@@ -38,6 +40,7 @@ class Context:
     layers: int = 1
     key: jax.Array | None = None
     record: bool = False
+    pregated: jax.Array | None = None
 
     def random(self, purpose: int) -> jax.Array | None:
         """The key of this layer's random numbers for a purpose; None where nothing is random."""

@@ -1,6 +1,7 @@
 """A language model: token embedding, stack of blocks, head."""
 
 import math
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 import jax
@@ -15,6 +16,7 @@ from efficient_lm.models.context import Context
 from efficient_lm.models.layers.norms import NormSpec, RMSNormSpec
 from efficient_lm.models.mixers.base import MixerSpec
 from efficient_lm.models.parameters import Blueprint, Initialization, Normal, Parameters, parameter
+from efficient_lm.models.pregate import PregateSpec
 from efficient_lm.models.stack import Caches, Remat, Stack
 from efficient_lm.spec import Count, Listing, OneOf, Positive, Spec
 
@@ -31,6 +33,7 @@ class ModelSpec(Spec):
         final_norm: before the head; null leaves it out.
         tied: whether the head uses the embedding's weights.
         embedding_multiplier: factor of the embedding; ``sqrt_width`` as in Gemma.
+        pregate: a router in front of the layers, which mixtures of experts share; null has none.
         learned_positions: rows of a table of learned absolute positions added to the embedding; null has none.
         logit_softcap: bounds the logits by ``softcap * tanh(logit / softcap)``.
         logit_multiplier: factor of the logits.
@@ -46,6 +49,7 @@ class ModelSpec(Spec):
     layout: Annotated[Listing[str], Field(min_length=1)]
     repeats: Count = 1
     vocab_size: Count | None = None
+    pregate: PregateSpec | None = None
     final_norm: OneOf[NormSpec] | None = RMSNormSpec()
     tied: bool = False
     embedding_multiplier: Positive | Literal["sqrt_width"] = 1.0
@@ -69,7 +73,30 @@ class ModelSpec(Spec):
         for name, layer in zip(self.layer_names(), self.layers(), strict=True):
             for key, message in layer.faults(self.width):
                 raise ConfigError(f"model.blocks.{name}.{key}: {message}")
+        self._check_pregate()
         return self
+
+    def _check_pregate(self) -> None:
+        """Whether the router in front of the layers works, is there if any block reads it, and fits those that do."""
+        layers = zip(self.layer_names(), self.layers(), strict=True)
+        readers = [(name, layer.ffn.pregated_experts) for name, layer in layers if layer.ffn is not None]
+        readers = [(name, experts) for name, experts in readers if experts is not None]
+        if self.pregate is None:
+            for name, _ in readers:
+                raise ConfigError(
+                    f"model.blocks.{name}.ffn.router.pregated: the model has no router in front of its layers; "
+                    "add model.pregate.experts, or set pregated to false"
+                )
+            return
+        for key, message in self.pregate.faults(self.width):
+            raise ConfigError(f"model.pregate.{key}: {message}")
+        for name, experts in readers:
+            if experts != self.pregate.experts:
+                raise ConfigError(
+                    f"model.pregate.experts: {self.pregate.experts}, but the ffn of model.blocks.{name} has {experts}"
+                )
+        if not readers:
+            raise ConfigError("model.pregate: no block reads its scores; set ffn.router.pregated=true in one, or null")
 
     def layer_names(self) -> list[str]:
         """The block of each layer, by name."""
@@ -130,7 +157,7 @@ class Head(nnx.Module):
 
 
 class LanguageModel:
-    """A causal language model over plain parameters ``{"embedding", "stack", "head"}``."""
+    """A causal language model over plain parameters ``{"embedding", "stack", "head"}``, and ``pregate`` with one."""
 
     def __init__(self, spec: ModelSpec):
         if spec.vocab_size is None:
@@ -141,15 +168,17 @@ class LanguageModel:
         self.embedding = Blueprint(lambda: Embedding(spec))
         self.stack = Stack(layers, spec.width, init, spec.remat, spec.remat_names, spec.scan)
         self.head = Blueprint(lambda: Head(spec, init))
+        self.pregate = spec.pregate and Blueprint(lambda: spec.pregate.build(spec.width, init))
 
     def init(self, key: jax.Array) -> Parameters:
         """Fresh float32 parameters."""
         embedding, stack, head = jax.random.split(key, 3)
-        return {
+        params = {
             "embedding": self.embedding.init(embedding),
             "stack": self.stack.init(stack),
             "head": self.head.init(head),
         }
+        return params | ({"pregate": self.pregate.init(jax.random.fold_in(key, 3))} if self.pregate else {})
 
     @property
     def declarations(self) -> Parameters:
@@ -158,7 +187,7 @@ class LanguageModel:
             "embedding": self.embedding.declarations,
             "stack": self.stack.declarations,
             "head": self.head.declarations,
-        }
+        } | ({"pregate": self.pregate.declarations} if self.pregate else {})
 
     def hidden(
         self,
@@ -179,11 +208,27 @@ class LanguageModel:
         Returns:
             `[batch, time, width]` in `dtype`, the caches with these tokens added, and auxiliaries as of `Stack`.
         """
-        context = context or Context.rows(*tokens.shape)
-        x = self.embedding(params["embedding"])(tokens, context.positions, dtype)
+        x, context, entered = self.entered(params, tokens, context, caches, dtype)
         x, caches, auxiliary = self.stack(params["stack"], x, context, caches)
+        caches = caches if caches is None else caches | entered
         norm = self.head(params["head"]).norm
         return x if norm is None else norm(x), caches, auxiliary
+
+    def entered(
+        self,
+        params: Parameters,
+        tokens: jax.Array,
+        context: Context | None = None,
+        caches: Caches | None = None,
+        dtype: jax.typing.DTypeLike = jnp.float32,
+    ) -> tuple[jax.Array, Context, Caches]:
+        """What the first layer reads, what layers are told, and the cache of what came before; arguments as `hidden`."""
+        context = context or Context.rows(*tokens.shape)
+        x = self.embedding(params["embedding"])(tokens, context.positions, dtype)
+        if self.pregate is None:
+            return x, context, {}
+        scores, cache = self.pregate(params["pregate"])(x, context, None if caches is None else caches["pregate"])
+        return x, replace(context, pregated=scores), {"pregate": cache}
 
     def corrected(self, params: Parameters, counts: dict[str, Any]) -> Parameters:
         """The parameters after an optimizer step, moved by what the step's tokens were counted to do.
@@ -210,7 +255,11 @@ class LanguageModel:
 
     def init_caches(self, batch: int, length: int, dtype: jax.typing.DTypeLike = jnp.float32) -> Caches:
         """Empty caches for `batch` sequences of up to `length` tokens."""
-        return self.stack.init_caches(batch, length, dtype)
+        caches = self.stack.init_caches(batch, length, dtype)
+        if self.pregate is None:
+            return caches
+        empty = self.pregate(jax.tree.map(lambda d: None, self.pregate.declarations))
+        return caches | {"pregate": empty.init_cache(batch, length, dtype)}
 
     def check_length(self, length: int, key: str) -> None:
         """Refuse sequences longer than the table of learned positions. Raises `ConfigError` naming `key`."""
@@ -221,4 +270,5 @@ class LanguageModel:
     def flops_per_token(self, context_length: int) -> float:
         """Forward FLOPs for one token, the head included and the embedding not; training costs three times as much."""
         blocks = sum(layer.flops_per_token(self.spec.width, context_length) for layer in self.layers)
-        return blocks + 2.0 * self.spec.width * self.spec.vocab_size
+        pregate = self.spec.pregate.flops_per_token(self.spec.width, context_length) if self.spec.pregate else 0.0
+        return pregate + blocks + 2.0 * self.spec.width * self.spec.vocab_size

@@ -23,6 +23,11 @@ class FFNSpec(Choice, role="ffn"):
         """The same with every size that follows from the width filled in."""
         return self
 
+    @property
+    def pregated_experts(self) -> int | None:
+        """Experts that a router in front of the layers has to score for it; None where it asks for no scores."""
+        return None
+
     def build(self, width: int, init: Initialization) -> nnx.Module:
         """The module, called as ``ffn(x, context)``."""
         raise TypeError(f"{type(self).__name__} does not define build")
