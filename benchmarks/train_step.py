@@ -99,9 +99,9 @@ def framework_step(model: LanguageModel, options: argparse.Namespace) -> Callabl
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, layout.replicated))
 
 
-def framework_arm(options: argparse.Namespace, batch: dict[str, np.ndarray]) -> tuple[Round, float]:
-    """A round of the framework's steps, and the loss of the first."""
-    model = model_spec(options).build()
+def framework_arm(spec: ModelSpec, options: argparse.Namespace, batch: dict[str, np.ndarray]) -> tuple[Round, float]:
+    """A round of the framework's steps on a model, and the loss of the first."""
+    model = spec.build()
     optimizer, layout, shardings = framework_parts(model)
     step = framework_step(model, options)
     state = jax.jit(lambda key: initial_state(model.init(key), optimizer), out_shardings=shardings)(jax.random.key(0))
@@ -278,7 +278,7 @@ def build_arms(options: argparse.Namespace) -> tuple[dict[str, Round], dict[str,
     """The arms asked for, compiled and warm; the loss of each one's first step; torch's versions."""
     batch = make_batch(options)
     makers = {
-        "framework": lambda: framework_arm(options, batch),
+        "framework": lambda: framework_arm(model_spec(options), options, batch),
         "hand_written": lambda: hand_written_arm(options, batch, attention, kernel_loss),
         "plain": lambda: hand_written_arm(options, batch, plain_attention, plain_loss),
     }
