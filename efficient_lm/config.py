@@ -58,6 +58,9 @@ class TrainSpec(Spec):
         sequence_length: tokens per sequence; None takes the length of the data's rows, or 256 where the data has none.
         accumulate: micro-batches that a batch is cut into, one after the other.
         clip_norm: bound of the gradient's global norm; None does not clip.
+        only: regular expressions of dotted parameter paths; parameters that none is found in are frozen. None: all train.
+        freeze: the same of parameters that are frozen.
+        frozen_experts: experts that are frozen in every layer, with their rows of the routers.
         max_nonfinite: steps in a row whose loss or gradient is no number before the run stops.
         log_every, checkpoint_every: steps between.
         evaluate_every: steps between; None evaluates at the end alone.
@@ -74,6 +77,9 @@ class TrainSpec(Spec):
     sequence_length: Count | None = None
     accumulate: Count = 1
     clip_norm: Positive | None = 1.0
+    only: Listing[Name] = ()
+    freeze: Listing[Name] = ()
+    frozen_experts: Listing[Natural] = ()
     max_nonfinite: Count = 20
     log_every: Count = 10
     evaluate_every: Count | None = None

@@ -13,7 +13,7 @@ Mode = Literal["train", "prefill", "decode"]
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=["positions", "segment_ids", "layer", "key", "pregated"],
-    meta_fields=["mode", "packed", "layers", "record"],
+    meta_fields=["mode", "packed", "layers", "record", "gaps"],
 )
 @dataclass(frozen=True)
 class Context:
@@ -27,6 +27,8 @@ class Context:
         layer: index in the model of the layer that is told, from 0; the stack sets it.
         layers: how many layers the model has; the stack sets it.
         key: of this step's random numbers; None where nothing is random, as in evaluation.
+        gaps: whether tokens of a document may be missing, so that how far two of them are apart is the difference of
+            their positions and not of their places in the row.
         record: whether routers also observe what became of each token (arrays ``[batch, time, ...]``).
         pregated: float32 ``[batch, time, experts]``, scores of a router in front of the layers (see `models.pregate`);
             None where there is none.
@@ -40,6 +42,7 @@ class Context:
     layers: int = 1
     key: jax.Array | None = None
     record: bool = False
+    gaps: bool = False
     pregated: jax.Array | None = None
 
     def random(self, purpose: int) -> jax.Array | None:

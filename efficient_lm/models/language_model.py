@@ -222,7 +222,7 @@ class LanguageModel:
         caches: Caches | None = None,
         dtype: jax.typing.DTypeLike = jnp.float32,
     ) -> tuple[jax.Array, Context, Caches]:
-        """What the first layer reads, what layers are told, and the cache of what came before; arguments as `hidden`."""
+        """What the first layer reads, what layers are told, and caches of what came before; arguments as `hidden`."""
         context = context or Context.rows(*tokens.shape)
         x = self.embedding(params["embedding"])(tokens, context.positions, dtype)
         if self.pregate is None:

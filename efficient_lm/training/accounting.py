@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from efficient_lm.config import RunConfig
 from efficient_lm.models.language_model import LanguageModel
 from efficient_lm.models.parameters import count_parameters, decay_mask, parameter_table
+from efficient_lm.training.freezing import for_trained, trainable
 from efficient_lm.training.step import abstract_state, make_step
 
 
@@ -43,13 +44,15 @@ def plan(config: RunConfig) -> dict[str, Any]:
     layout.check_batch(train.batch_size, train.accumulate)
     layout.check_experts(config.model)
     schedule = config.schedule.build(config.optimizer.learning_rate, train.steps)
-    optimizer = config.optimizer.build(schedule, decay_mask(model.declarations))
+    chosen = trainable(model.declarations, train.only, train.freeze, train.frozen_experts)
+    optimizer = for_trained(config.optimizer.build(schedule, decay_mask(model.declarations)), chosen)
     state = abstract_state(model, optimizer, layout)
     shape = (train.batch_size, train.sequence_length)
     integers = jax.ShapeDtypeStruct(shape, jnp.int32)
     batch = dict.fromkeys(("tokens", "targets", "segment_ids", "positions"), integers)
     batch["weights"] = jax.ShapeDtypeStruct(shape, jnp.float32)
     options = {"accumulate": train.accumulate, "clip_norm": train.clip_norm, "dtype": config.precision.dtype}
+    options["chosen"] = chosen
     step = jax.jit(make_step(model, config.objective, optimizer, **options), donate_argnums=0)
     with layout.active():
         memory = step.lower(state, batch).compile().memory_analysis()

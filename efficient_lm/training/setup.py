@@ -17,6 +17,7 @@ from efficient_lm.evaluation.bits_per_byte import make_scorer
 from efficient_lm.evaluation.diagnostics import Diagnostics
 from efficient_lm.models.language_model import LanguageModel
 from efficient_lm.models.parameters import decay_mask
+from efficient_lm.training.freezing import Trainable, for_trained, trainable
 from efficient_lm.training.initialization import Source, check_source, transferred
 from efficient_lm.training.parallelism import Layout
 from efficient_lm.training.step import abstract_state, initial_state, make_step, state_shardings
@@ -33,6 +34,7 @@ class Setup:
     model: LanguageModel
     schedule: Callable[[Any], Any]
     optimizer: optax.GradientTransformation
+    chosen: Trainable | None = None
 
     @cached_property
     def step(self) -> Callable:
@@ -46,6 +48,7 @@ class Setup:
             clip_norm=train.clip_norm,
             dtype=self.config.precision.dtype,
             seed=self.config.run.seed,
+            chosen=self.chosen,
         )
         shardings = state_shardings(self.model, self.optimizer, self.layout)
         return jax.jit(step, donate_argnums=0, out_shardings=(shardings, self.layout.replicated))
@@ -108,5 +111,6 @@ def prepare(config: RunConfig) -> Setup:
         check_source(Path(config.init_from), model)
     data = config.data.open(tokenizer, train.sequence_length, config.run.seed)
     schedule = config.schedule.build(config.optimizer.learning_rate, train.steps)
-    optimizer = config.optimizer.build(schedule, decay_mask(model.declarations))
-    return Setup(config, tokenizer, data, layout, model, schedule, optimizer)
+    chosen = trainable(model.declarations, train.only, train.freeze, train.frozen_experts)
+    optimizer = for_trained(config.optimizer.build(schedule, decay_mask(model.declarations)), chosen)
+    return Setup(config, tokenizer, data, layout, model, schedule, optimizer, chosen)

@@ -10,6 +10,7 @@ import optax
 from efficient_lm.models.language_model import LanguageModel
 from efficient_lm.models.parameters import Parameters
 from efficient_lm.objectives.base import Batch, ObjectiveSpec, Sums
+from efficient_lm.training.freezing import Trainable, masked, without_frozen
 from efficient_lm.training.parallelism import Layout
 
 State = dict[str, Any]
@@ -28,10 +29,11 @@ def state_shardings(model: LanguageModel, optimizer: optax.GradientTransformatio
     abstract = jax.eval_shape(model.init, jax.random.key(0))
     moments = optax.tree_map_params(
         optimizer,
-        lambda _, sharding: sharding,
+        lambda moment, sharding: moment if _is_absent(moment) else sharding,
         jax.eval_shape(optimizer.init, abstract),
         parameters,
         transform_non_params=lambda _: layout.replicated,
+        is_leaf=_is_absent,
     )
     return {
         "parameters": parameters,
@@ -39,6 +41,11 @@ def state_shardings(model: LanguageModel, optimizer: optax.GradientTransformatio
         "step": layout.replicated,
         "nonfinite": layout.replicated,
     }
+
+
+def _is_absent(moment: Any) -> bool:
+    """Whether a parameter has no moment, because it is frozen."""
+    return isinstance(moment, optax.MaskedNode)
 
 
 def abstract_state(model: LanguageModel, optimizer: optax.GradientTransformation, layout: Layout) -> State:
@@ -60,6 +67,7 @@ def make_step(
     dtype: jax.typing.DTypeLike = jnp.float32,
     packed: bool = True,
     seed: int = 0,
+    chosen: Trainable | None = None,
 ) -> Callable[[State, Batch], tuple[State, dict[str, jax.Array]]]:
     """A function ``(state, batch) -> (state, metrics)``, to be jitted with the state donated.
 
@@ -69,13 +77,14 @@ def make_step(
         dtype: of the computation; parameters, gradients and optimizer state are float32.
         packed: False promises that every row is one whole document.
         seed: of what is random in a step; with the step's number it gives the same numbers again.
+        chosen: which parameters change (see `training.freezing`); None: all. The norm is of their gradient.
 
     The metrics are float32 scalars: `loss` (cross entropy per token, nats), `weight` (tokens), `grad_norm` before
     clipping, `finite`, `nonfinite` (steps in a row), and the objective's own per token.
     """
 
     def loss(params: Parameters, batch: Batch, key: jax.Array) -> tuple[jax.Array, Sums]:
-        sums = objective.sums(model, params, batch, dtype, packed, key)
+        sums = objective.sums(model, without_frozen(params, chosen), batch, dtype, packed, key)
         return sums.loss, sums
 
     gradient = jax.grad(loss, has_aux=True)
@@ -84,12 +93,13 @@ def make_step(
         params = state["parameters"]
         key = jax.random.fold_in(jax.random.key(seed), state["step"])
         grads, sums = _accumulated(gradient, params, batch, key, accumulate)
+        grads = masked(grads, chosen)
         count = jnp.maximum(sums.weight, 1.0)
         norm = optax.tree.norm(grads) / count
         finite = jnp.isfinite(sums.loss) & jnp.isfinite(norm)
         grads = _scaled(grads, _clipping(norm, clip_norm) / count)
         updates, moments = optimizer.update(grads, state["optimizer"], params)
-        moved = model.corrected(optax.apply_updates(params, updates), sums.counts)
+        moved = model.corrected(optax.apply_updates(params, masked(updates, chosen)), sums.counts)
         new = {"parameters": moved, "optimizer": moments}
         # A step that is not a number changes nothing but the counters.
         new = jax.tree.map(
