@@ -5,7 +5,7 @@ training length (Chen et al. 2024, "Stuffed Mamba", section 3). Rows are sent th
 and each mixer through its row in pieces, whose carried states are what is measured.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -14,10 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from efficient_lm.models.block import Block
+from efficient_lm.evaluation.layerwise import Layerwise
+from efficient_lm.models.block import Block, BlockSpec
 from efficient_lm.models.context import Context
 from efficient_lm.models.language_model import LanguageModel
-from efficient_lm.models.parameters import Blueprint, Parameters
+from efficient_lm.models.parameters import Parameters
 
 PIECES = 16
 """Places of a row at which states are measured."""
@@ -37,10 +38,7 @@ class Diagnostics:
     """
 
     def __init__(self, model: LanguageModel, dtype: jax.typing.DTypeLike = jnp.float32):
-        self.model, self.dtype = model, dtype
-        self._embed = jax.jit(lambda params, tokens, positions: model.embedding(params)(tokens, positions, dtype))
-        self._layers: dict[int, Callable] = {}
-        """By the identity of a kind of block, which the model keeps alive."""
+        self._layers = Layerwise(model, partial(_look, dtype=dtype), dtype)
 
     def measure(self, params: Parameters, tokens: jax.Array, context: Context | None = None) -> list[Figures]:
         """The figures of each layer.
@@ -58,42 +56,19 @@ class Diagnostics:
             `decay` ``[3]``: least, mean and largest factor by which a state decays in a token;
             `attention_entropy` ``[heads]``: mean entropy of the weights, nats.
         """
-        context = context or Context.rows(*tokens.shape)
-        x = self._embed(params["embedding"], jnp.asarray(tokens, jnp.int32), context.positions)
-        found = []
-        for number, (segment, place, repeat) in enumerate(self.model.stack.places):
-            values = jax.tree.map(lambda leaf, repeat=repeat: leaf[repeat], params["stack"][segment][place])
-            here = replace(context, layer=jnp.asarray(number, jnp.int32), layers=len(self.model.layers))
-            part = int(segment.removeprefix("segment_")), int(place.removeprefix("layer_"))
-            x, figures = self._layer(number, self.model.stack.periods[part[0]][part[1]])(values, x, here)
-            found.append({name: np.asarray(value) for name, value in figures.items()})
-        return found
+        return jax.tree.map(np.asarray, self._layers(params, tokens, context))
 
     def measure_batch(self, params: Parameters, batch: Mapping[str, np.ndarray]) -> list[Figures]:
         """The figures of each layer, of a batch of the loader (see `efficient_lm.data.packing.pack`)."""
-        context = Context(jnp.asarray(batch["positions"]), jnp.asarray(batch["segment_ids"]))
-        return self.measure(params, jnp.asarray(batch["tokens"]), context)
-
-    def _layer(self, number: int, blueprint: Blueprint) -> Callable:
-        if id(blueprint) not in self._layers:
-            mixer = self.model.layers[number].mixer
-            measured = mixer is not None and not mixer.bidirectional
-            self._layers[id(blueprint)] = jax.jit(partial(_pass, blueprint, dtype=self.dtype, measured=measured))
-        return self._layers[id(blueprint)]
+        return jax.tree.map(np.asarray, self._layers.batch(params, batch))
 
 
-def _pass(
-    blueprint: Blueprint,
-    values: Parameters,
-    x: jax.Array,
-    context: Context,
-    dtype: jax.typing.DTypeLike,
-    measured: bool,
+def _look(
+    block: Block, spec: BlockSpec, x: jax.Array, context: Context, dtype: jax.typing.DTypeLike
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """A block's output, and the figures of its mixer if it is to be `measured`."""
-    block: Block = blueprint(values)
+    """A block's output, and the figures of its mixer if it is causal."""
     figures: dict[str, jax.Array] = {}
-    if measured:
+    if spec.mixer is not None and not spec.mixer.bidirectional:
         mixer, source = block.mixer.inner, block.mixer_input(x)
         if hasattr(mixer, "entropy"):
             figures["attention_entropy"] = jnp.mean(mixer.entropy(source, context), axis=0)

@@ -68,7 +68,7 @@ class Pregate(nnx.Module):
         self.scores = Linear({"embed": inner}, {"experts": spec.experts}, init=init)
 
     def __call__(self, x: jax.Array, context: Context, cache: Cache | None = None) -> tuple[jax.Array, Cache | None]:
-        """Embeddings `[batch, time, width]` → logits of the experts, float32 `[batch, time, experts]`, and the cache."""
+        """Embeddings `[batch, time, width]` → scores of experts, float32 `[batch, time, experts]`; the cache."""
         x = x if self.entry is None else self.entry(x)
         if self.block is not None:
             x, cache, _ = self.block(x, context, cache)
