@@ -4,10 +4,13 @@ A depth rule, where there is one, decides which tokens run it.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 import efficient_lm.models.depth
@@ -21,6 +24,7 @@ from efficient_lm.models.layers.linear import scaled
 from efficient_lm.models.layers.norms import NormSpec, RMSNormSpec
 from efficient_lm.models.mixers.base import Cache, MixerSpec
 from efficient_lm.models.parameters import Initialization, Parameters
+from efficient_lm.models.traversal import Runs, Streams
 from efficient_lm.spec import OneOf, Positive, Spec
 
 
@@ -159,16 +163,24 @@ class Block(nnx.Module):
     ) -> tuple[jax.Array, Cache | None, Auxiliary]:
         auxiliary = Auxiliary()
         if self.mixer is not None:
-            x = _normed(self.mixer.stream_norm, x)
-            y, cache = self.mixer(x, context, cache)
-            stream = scaled(x, self.mixer.stream_multiplier)
-            x = _normed(self.mixer_norm, stream + checkpoint_name(y, "mixer_output"))
+            x, cache = self._mixed(x, context, cache)
         if self.ffn is not None:
-            x = _normed(self.ffn.stream_norm, x)
-            y, auxiliary = self.ffn(x, context)
-            stream = scaled(x, self.ffn.stream_multiplier)
-            x = _normed(self.ffn_norm, stream + checkpoint_name(y, "ffn_output"))
+            x, auxiliary = self._channel_mixed(x, context)
         return x, cache, auxiliary
+
+    def _mixed(self, x: jax.Array, context: Context, cache: Cache | None) -> tuple[jax.Array, Cache | None]:
+        """The stream behind the mixer's half, and its cache."""
+        x = _normed(self.mixer.stream_norm, x)
+        y, cache = self.mixer(x, context, cache)
+        stream = scaled(x, self.mixer.stream_multiplier)
+        return _normed(self.mixer_norm, stream + checkpoint_name(y, "mixer_output")), cache
+
+    def _channel_mixed(self, x: jax.Array, context: Context) -> tuple[jax.Array, Auxiliary]:
+        """The stream behind the ffn's half, and its auxiliaries."""
+        x = _normed(self.ffn.stream_norm, x)
+        y, auxiliary = self.ffn(x, context)
+        stream = scaled(x, self.ffn.stream_multiplier)
+        return _normed(self.ffn_norm, stream + checkpoint_name(y, "ffn_output")), auxiliary
 
     def _parallel(
         self, x: jax.Array, context: Context, cache: Cache | None
@@ -183,6 +195,62 @@ class Block(nnx.Module):
             y, auxiliary = self.ffn(source, context)
             total = total + checkpoint_name(y, "ffn_output")
         return _normed(self.joint_norm, total), cache, auxiliary
+
+    def gated(
+        self, x: jax.Array, context: Context, cache: Cache | None, runs: Runs, keeps_cache: bool
+    ) -> tuple[Streams, Cache | None, Auxiliary]:
+        """As `__call__`, where `runs` says which tokens run which half; the stream of others goes past it unchanged.
+
+        A half that no token runs is not computed, but for what `keeps_cache` has the mixer remember. The depth rule
+        does not take part. Auxiliaries are ``mixer_ran`` and ``ffn_ran``, bool ``[batch, time]``.
+        """
+        run = self._gated_parallel if self.parallel else self._gated_sequential
+        between, after, cache = run(x, context, cache, runs, keeps_cache)
+        return Streams(x, between, after), cache, Auxiliary({}, {"mixer_ran": runs.mixer, "ffn_ran": runs.ffn})
+
+    def _gated_sequential(
+        self, x: jax.Array, context: Context, cache: Cache | None, runs: Runs, keeps_cache: bool
+    ) -> tuple[jax.Array, jax.Array, Cache | None]:
+        between, after = x, x
+        if self.mixer is not None:
+
+            def mix() -> tuple[jax.Array, Cache | None]:
+                mixed, new = self._mixed(x, context, cache)
+                return _where(runs.mixer, mixed, x), new
+
+            def pass_by() -> tuple[jax.Array, Cache | None]:
+                # Of the mixer, what its cache does not need is dead code.
+                return x, self._mixed(x, context, cache)[1] if keeps_cache else cache
+
+            between, cache = lax.cond(jnp.any(runs.mixer), mix, pass_by)
+        if self.ffn is not None:
+            mine = _only(context, runs.ffn)
+            after = lax.cond(
+                jnp.any(runs.ffn),
+                lambda: _where(runs.ffn, self._channel_mixed(between, mine)[0], between),
+                lambda: between,
+            )
+        return between, between if self.ffn is None else after, cache
+
+    def _gated_parallel(
+        self, x: jax.Array, context: Context, cache: Cache | None, runs: Runs, keeps_cache: bool
+    ) -> tuple[jax.Array, jax.Array, Cache | None]:
+        source, zeros = _normed(self.shared_norm, x), jnp.zeros_like(x)
+        stream, total = x, scaled(x, (self.mixer or self.ffn).stream_multiplier)
+        if self.mixer is not None:
+
+            def mix() -> tuple[jax.Array, Cache | None]:
+                return self.mixer(source, context, cache)
+
+            y, cache = lax.cond(jnp.any(runs.mixer), mix, lambda: (zeros, mix()[1] if keeps_cache else cache))
+            total = total + _where(runs.mixer, y, zeros)
+            stream = _where(runs.mixer, _normed(self.joint_norm, total), x)
+        if self.ffn is None:
+            return stream, stream, cache
+        mine = _only(context, runs.ffn)
+        y = lax.cond(jnp.any(runs.ffn), lambda: self.ffn(source, mine)[0], lambda: zeros)
+        after = _normed(self.joint_norm, total + _where(runs.ffn, y, zeros))
+        return stream, _where(runs.ffn, after, stream), cache
 
     def mixer_input(self, x: jax.Array) -> jax.Array:
         """What the mixer reads of the residual stream `x [batch, time, width]`."""
@@ -199,6 +267,16 @@ class Block(nnx.Module):
 
 def _normed(norm: nnx.Module | None, x: jax.Array) -> jax.Array:
     return x if norm is None else norm(x)
+
+
+def _where(chosen: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:
+    """`new` of the tokens that are `chosen [batch, time]`, `old` of the others."""
+    return jnp.where(chosen[..., None], new, old)
+
+
+def _only(context: Context, chosen: jax.Array) -> Context:
+    """The context in which all other tokens are padding, so that they take no expert's room."""
+    return replace(context, segment_ids=jnp.where(chosen, context.segment_ids, 0), packed=True)
 
 
 REMAT_NAMES = ("attended", "query", "key", "value", "ffn_hidden", "mixer_output", "ffn_output")

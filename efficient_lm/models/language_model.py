@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import replace
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -13,12 +13,16 @@ from efficient_lm.errors import ConfigError, nearest
 from efficient_lm.models.auxiliary import Auxiliary
 from efficient_lm.models.block import REMAT_NAMES, BlockSpec
 from efficient_lm.models.context import Context
+from efficient_lm.models.exits import Exits, ExitSpec, ExitStreams
 from efficient_lm.models.layers.norms import NormSpec, RMSNormSpec
 from efficient_lm.models.mixers.base import MixerSpec
 from efficient_lm.models.parameters import Blueprint, Initialization, Normal, Parameters, parameter
 from efficient_lm.models.pregate import PregateSpec
 from efficient_lm.models.stack import Caches, Remat, Stack
 from efficient_lm.spec import Count, Listing, OneOf, Positive, Spec
+
+if TYPE_CHECKING:
+    from efficient_lm.models.skipping.base import SkippingSpec
 
 
 class ModelSpec(Spec):
@@ -37,6 +41,7 @@ class ModelSpec(Spec):
         learned_positions: rows of a table of learned absolute positions added to the embedding; null has none.
         logit_softcap: bounds the logits by ``softcap * tanh(logit / softcap)``.
         logit_multiplier: factor of the logits.
+        exits: where tokens may leave early, and how that is trained; null has no exit but the head.
         init_std: standard deviation of every matrix; null takes ``fan_in ** -0.5``.
         embedding_std: standard deviation of the embedding.
         remat, remat_names: what the backward pass recomputes (see `stack.checkpoint_policy`). ``dots`` ran fastest on
@@ -56,6 +61,7 @@ class ModelSpec(Spec):
     learned_positions: Count | None = None
     logit_softcap: Positive | None = None
     logit_multiplier: Positive = 1.0
+    exits: ExitSpec | None = None
     init_std: Positive | None = None
     embedding_std: Positive = 0.02
     remat: Remat = "dots"
@@ -74,6 +80,9 @@ class ModelSpec(Spec):
             for key, message in layer.faults(self.width):
                 raise ConfigError(f"model.blocks.{name}.{key}: {message}")
         self._check_pregate()
+        if self.exits is not None:
+            for key, message in self.exits.faults(len(self.layer_names()), self.final_norm is not None):
+                raise ConfigError(f"model.exits.{key}: {message}")
         return self
 
     def _check_pregate(self) -> None:
@@ -157,7 +166,10 @@ class Head(nnx.Module):
 
 
 class LanguageModel:
-    """A causal language model over plain parameters ``{"embedding", "stack", "head"}``, and ``pregate`` with one."""
+    """A causal language model over plain parameters ``{"embedding", "stack", "head"}``.
+
+    With a router in front of the layers there is ``pregate`` too, with exits that have parameters ``exits``.
+    """
 
     def __init__(self, spec: ModelSpec):
         if spec.vocab_size is None:
@@ -169,6 +181,7 @@ class LanguageModel:
         self.stack = Stack(layers, spec.width, init, spec.remat, spec.remat_names, spec.scan)
         self.head = Blueprint(lambda: Head(spec, init))
         self.pregate = spec.pregate and Blueprint(lambda: spec.pregate.build(spec.width, init))
+        self.exits = spec.exits and Exits(spec.exits, len(layers), spec.width, spec.final_norm, init)
 
     def init(self, key: jax.Array) -> Parameters:
         """Fresh float32 parameters."""
@@ -178,16 +191,25 @@ class LanguageModel:
             "stack": self.stack.init(stack),
             "head": self.head.init(head),
         }
-        return params | ({"pregate": self.pregate.init(jax.random.fold_in(key, 3))} if self.pregate else {})
+        if self.pregate:
+            params["pregate"] = self.pregate.init(jax.random.fold_in(key, 3))
+        if self.exits and self.exits.declarations:
+            params["exits"] = self.exits.init(jax.random.fold_in(key, 4))
+        return params
 
     @property
     def declarations(self) -> Parameters:
         """What each parameter declares of itself, in the shape of the parameters."""
-        return {
+        declarations = {
             "embedding": self.embedding.declarations,
             "stack": self.stack.declarations,
             "head": self.head.declarations,
-        } | ({"pregate": self.pregate.declarations} if self.pregate else {})
+        }
+        if self.pregate:
+            declarations["pregate"] = self.pregate.declarations
+        if self.exits and self.exits.declarations:
+            declarations["exits"] = self.exits.declarations
+        return declarations
 
     def hidden(
         self,
@@ -196,6 +218,7 @@ class LanguageModel:
         context: Context | None = None,
         caches: Caches | None = None,
         dtype: jax.typing.DTypeLike = jnp.float32,
+        skipping: "SkippingSpec | None" = None,
     ) -> tuple[jax.Array, Caches | None, Auxiliary]:
         """What the head reads, after the final norm.
 
@@ -204,15 +227,36 @@ class LanguageModel:
             context: positions and documents; None takes each row as one whole document.
             caches: from `init_caches` or an earlier call; None keeps nothing.
             dtype: of the computation; parameters stay float32.
+            skipping: which layers each token runs; None runs all. See `Stack.ran` for which it were.
 
         Returns:
             `[batch, time, width]` in `dtype`, the caches with these tokens added, and auxiliaries as of `Stack`.
         """
         x, context, entered = self.entered(params, tokens, context, caches, dtype)
-        x, caches, auxiliary = self.stack(params["stack"], x, context, caches)
+        reads_prompt = context.mode == "prefill" and skipping is not None and not skipping.prompt
+        traversal = None if skipping is None or reads_prompt else skipping.traversal(self, params)
+        x, caches, auxiliary, state = self.stack(params["stack"], x, context, caches, traversal)
         caches = caches if caches is None else caches | entered
+        hidden = self.normed(params, x)
+        return hidden if traversal is None else traversal.result(state, hidden), caches, auxiliary
+
+    def hidden_with_exits(
+        self,
+        params: Parameters,
+        tokens: jax.Array,
+        context: Context | None = None,
+        dtype: jax.typing.DTypeLike = jnp.float32,
+    ) -> tuple[jax.Array, ExitStreams, Auxiliary]:
+        """As `hidden` without caches, and the streams at every exit of the model, which must have some."""
+        x, context, _ = self.entered(params, tokens, context, None, dtype)
+        collect = self.exits.collector(params)
+        x, _, auxiliary, state = self.stack(params["stack"], x, context, None, collect)
+        return self.normed(params, x), collect.streams(state, x), auxiliary
+
+    def normed(self, params: Parameters, x: jax.Array) -> jax.Array:
+        """The residual stream `x [..., width]` behind the final norm."""
         norm = self.head(params["head"]).norm
-        return x if norm is None else norm(x), caches, auxiliary
+        return x if norm is None else norm(x)
 
     def entered(
         self,
@@ -268,7 +312,12 @@ class LanguageModel:
             raise ConfigError(f"{key}: {length} tokens, but model.learned_positions holds {table}; at most {table}")
 
     def flops_per_token(self, context_length: int) -> float:
-        """Forward FLOPs for one token, the head included and the embedding not; training costs three times as much."""
+        """Forward FLOPs for one token, the head included and the embedding not."""
         blocks = sum(layer.flops_per_token(self.spec.width, context_length) for layer in self.layers)
         pregate = self.spec.pregate.flops_per_token(self.spec.width, context_length) if self.spec.pregate else 0.0
         return pregate + blocks + 2.0 * self.spec.width * self.spec.vocab_size
+
+    def training_flops_per_token(self, context_length: int) -> float:
+        """FLOPs for one token of a training step: three times those of the forward pass, exits included."""
+        exits = self.exits.flops_per_token(self.spec.vocab_size) if self.exits else 0.0
+        return 3.0 * (self.flops_per_token(context_length) + exits)

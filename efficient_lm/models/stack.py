@@ -18,6 +18,7 @@ from efficient_lm.models.auxiliary import Auxiliary, added
 from efficient_lm.models.block import REMAT_NAMES, BlockSpec
 from efficient_lm.models.context import Context
 from efficient_lm.models.parameters import Blueprint, Initialization, Parameters, map_declarations
+from efficient_lm.models.traversal import State, Streams, Traversal
 
 Remat = Literal["none", "full", "dots", "names"]
 Caches = dict[str, dict[str, Any]]
@@ -135,47 +136,84 @@ class Stack:
         ]
 
     def __call__(
-        self, params: Parameters, x: jax.Array, context: Context, caches: Caches | None = None
-    ) -> tuple[jax.Array, Caches | None, Auxiliary]:
-        """`x [batch, time, width]` through every layer → the same, the caches with these tokens, auxiliaries.
+        self,
+        params: Parameters,
+        x: jax.Array,
+        context: Context,
+        caches: Caches | None = None,
+        traversal: Traversal | None = None,
+    ) -> tuple[jax.Array, Caches | None, Auxiliary, State]:
+        """`x [batch, time, width]` through every layer → the same, the caches with these tokens, auxiliaries, a state.
 
         Losses are summed over layers; what was observed is ``{"segment_0": {"layer_0": {name: values}}}``, stacked over
-        repeats as parameters are.
+        repeats as parameters are. The state is that of the traversal behind the last layer; None without one.
         """
         new_caches: Caches = {}
         losses: dict[str, jax.Array] = {}
         observed: dict[str, Any] = {}
+        state = None if traversal is None else traversal.start(x)
         for name, (part, period) in zip(params, zip(self.segments, self.periods, strict=True), strict=True):
             order = part.start + jnp.arange(part.layers, dtype=jnp.int32).reshape(part.repeats, len(period))
-            steps = (params[name], None if caches is None else caches[name], order)
-            body = self._period(period, context)
+            tables = None if traversal is None else _cut(traversal.tables, part)
+            steps = (params[name], None if caches is None else caches[name], order, tables)
+            body = self._period(period, context, traversal)
             if part.repeats > 1 and self.scan:
-                x, (new_caches[name], more, observed[name]) = lax.scan(body, x, steps)
+                (x, state), (new_caches[name], more, observed[name]) = lax.scan(body, (x, state), steps)
             else:
-                x, (new_caches[name], more, observed[name]) = _unrolled(body, x, steps, part.repeats)
+                (x, state), (new_caches[name], more, observed[name]) = _unrolled(body, (x, state), steps, part.repeats)
             losses = added(losses, jax.tree.map(lambda values: values.sum(0), more))
-        return x, None if caches is None else new_caches, Auxiliary(losses, observed)
+        return x, None if caches is None else new_caches, Auxiliary(losses, observed), state
 
-    def _period(self, period: Sequence[Blueprint], context: Context) -> Callable:
+    def _period(self, period: Sequence[Blueprint], context: Context, traversal: Traversal | None) -> Callable:
         depth = self.depth
 
         def run(
-            x: jax.Array, step: tuple[Parameters, Caches | None, jax.Array]
-        ) -> tuple[jax.Array, tuple[Any, dict[str, jax.Array], dict[str, Any]]]:
-            params, caches, order = step
+            carry: tuple[jax.Array, State], step: tuple[Parameters, Caches | None, jax.Array, Any]
+        ) -> tuple[tuple[jax.Array, State], tuple[Any, dict[str, jax.Array], dict[str, Any]]]:
+            x, state = carry
+            params, caches, order, tables = step
             new_caches: dict[str, Any] = {}
             losses: dict[str, jax.Array] = {}
             observed: dict[str, Any] = {}
             for place, ((name, values), blueprint) in enumerate(zip(params.items(), period, strict=True)):
                 here = replace(context, layer=order[place], layers=depth)
-                block = self.remat(
-                    lambda values, x, cache, blueprint=blueprint, here=here: blueprint(values)(x, here, cache)
-                )
-                x, new_caches[name], more = block(values, x, None if caches is None else caches[name])
+                cache = None if caches is None else caches[name]
+                if traversal is None:
+                    x, new_caches[name], more = self._block(blueprint, values, x, here, cache)
+                else:
+                    table = jax.tree.map(lambda leaf, place=place: leaf[place], tables)
+                    x, state, new_caches[name], more = self._accompanied(
+                        traversal, state, table, blueprint, values, x, here, cache
+                    )
                 losses, observed[name] = added(losses, more.losses), more.observed
-            return x, (None if caches is None else new_caches, losses, observed)
+            return (x, state), (None if caches is None else new_caches, losses, observed)
 
         return run
+
+    def _block(
+        self, blueprint: Blueprint, params: Parameters, x: jax.Array, context: Context, cache: Any
+    ) -> tuple[jax.Array, Any, Auxiliary]:
+        return self.remat(lambda params, x, cache: blueprint(params)(x, context, cache))(params, x, cache)
+
+    def _accompanied(
+        self,
+        traversal: Traversal,
+        state: State,
+        table: Any,
+        blueprint: Blueprint,
+        params: Parameters,
+        x: jax.Array,
+        context: Context,
+        cache: Any,
+    ) -> tuple[jax.Array, State, Any, Auxiliary]:
+        """A layer as the traversal has it run."""
+        runs = traversal.choose(state, table, context)
+        if runs is None:
+            after, cache, auxiliary = self._block(blueprint, params, x, context, cache)
+            streams = Streams(x, None, after)
+        else:
+            streams, cache, auxiliary = blueprint(params).gated(x, context, cache, runs, traversal.keeps_caches)
+        return streams.after, traversal.watch(state, table, streams, runs, context), cache, auxiliary
 
     def corrected(self, params: Parameters, counts: dict[str, Any]) -> Parameters:
         """The parameters after an optimizer step, moved by the `counts` of each layer (see `FFNSpec.corrected`)."""
@@ -203,10 +241,20 @@ class Stack:
         }
 
 
-def _unrolled(body: Callable, x: jax.Array, steps: Any, repeats: int) -> tuple[jax.Array, Any]:
-    """What `lax.scan(body, x, steps)` computes, layer by layer."""
+def _cut(tables: Any, part: Segment) -> Any:
+    """Of arrays with a leading axis of layers those of a segment, by repeat and place in its period."""
+
+    def cut(leaf: jax.Array) -> jax.Array:
+        mine = leaf[part.start : part.start + part.layers]
+        return jnp.reshape(mine, (part.repeats, len(part.period), *leaf.shape[1:]))
+
+    return jax.tree.map(cut, tables)
+
+
+def _unrolled(body: Callable, carry: Any, steps: Any, repeats: int) -> tuple[Any, Any]:
+    """What `lax.scan(body, carry, steps)` computes, layer by layer."""
     found = []
     for index in range(repeats):
-        x, more = body(x, jax.tree.map(lambda leaf, index=index: leaf[index], steps))
+        carry, more = body(carry, jax.tree.map(lambda leaf, index=index: leaf[index], steps))
         found.append(more)
-    return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *found)
+    return carry, jax.tree.map(lambda *leaves: jnp.stack(leaves), *found)

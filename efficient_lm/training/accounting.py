@@ -59,11 +59,12 @@ def plan(config: RunConfig) -> dict[str, Any]:
     parameters, gradients = _bytes(state["parameters"]), _bytes(state["parameters"])
     caches = jax.eval_shape(lambda: model.init_caches(1, train.sequence_length, config.precision.dtype))
     forward = model.flops_per_token(train.sequence_length)
+    training = model.training_flops_per_token(train.sequence_length)
     return {
         "parameters": parameters_by_part(model) | {"total": count_parameters(model.declarations)},
-        "flops_per_token": {"forward": forward, "training": 3 * forward},
-        "flops_per_step": 3 * forward * math.prod(shape),
-        "training_flops": 3 * forward * math.prod(shape) * train.steps,
+        "flops_per_token": {"forward": forward, "training": training},
+        "flops_per_step": training * math.prod(shape),
+        "training_flops": training * math.prod(shape) * train.steps,
         "tokens": math.prod(shape) * train.steps,
         "bytes": {
             "parameters": parameters,

@@ -252,7 +252,7 @@ class _Session:
             "tokens": self.progress.tokens,
             "seconds": self._seconds(),
             "parameters": count_parameters(self.setup.model.declarations),
-            "training_flops": 3 * self.setup.model.flops_per_token(context) * self.progress.tokens,
+            "training_flops": self.setup.model.training_flops_per_token(context) * self.progress.tokens,
             **self.progress.last_validation,
         }
         if stopped_by:
