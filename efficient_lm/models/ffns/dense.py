@@ -114,9 +114,11 @@ class Dense(nnx.Module):
 
     def __call__(self, x: jax.Array, context: Context) -> tuple[jax.Array, Auxiliary]:
         """`x [batch, time, width]` → the same shape and dtype, and nothing auxiliary."""
-        if self.gated:
-            both = checkpoint_name(self.gate_up(x), "ffn_hidden")
-            hidden = self.activation(scaled(both[..., 0, :], self.gate_multiplier)) * both[..., 1, :]
-        else:
-            hidden = self.activation(checkpoint_name(self.up(x), "ffn_hidden"))
-        return scaled(self.down(hidden), self.output_multiplier), Auxiliary()
+        return scaled(self.down(self.hidden(x)), self.output_multiplier), Auxiliary()
+
+    def hidden(self, x: jax.Array) -> jax.Array:
+        """What the last map reads, `[..., hidden]`."""
+        if not self.gated:
+            return self.activation(checkpoint_name(self.up(x), "ffn_hidden"))
+        both = checkpoint_name(self.gate_up(x), "ffn_hidden")
+        return self.activation(scaled(both[..., 0, :], self.gate_multiplier)) * both[..., 1, :]
