@@ -26,6 +26,7 @@ FUNCTIONS = {
 FIXED = [("swiglu", {}, "silu"), ("reglu", {}, "relu"), ("geglu", {}, "gelu_tanh")]
 FIXED += [("geglu", {"approximate": False}, "gelu")]
 FIXED += [("swiglu", {"gate_multiplier": 0.5, "output_multiplier": 1.5}, "silu")]
+FIXED += [("clamped_swiglu", {"limit": 0.5, "slope": 0.7, "gate_multiplier": 0.5}, "clamped")]
 CASES = FIXED + [(kind, {"activation": name}, name) for kind in ("mlp", "glu") for name in FUNCTIONS]
 
 
@@ -40,7 +41,13 @@ def test_equals_its_formula(kind, options, activation):
         hidden = FUNCTIONS[activation](x @ params["up"]["weight"] + params["up"]["bias"])
     else:
         both = np.einsum("bte,egm->btgm", x, params["gate_up"]["weight"]) + params["gate_up"]["bias"]
-        hidden = FUNCTIONS[activation](spec.gate_multiplier * both[..., 0, :]) * both[..., 1, :]
+        gate, up = spec.gate_multiplier * both[..., 0, :], both[..., 1, :]
+        if activation == "clamped":
+            assert (gate > 0.5).any() and (abs(up) > 0.5).any()
+            gate, up = np.minimum(gate, 0.5), np.clip(up, -0.5, 0.5) + 1
+            hidden = gate / (1 + np.exp(-0.7 * gate)) * up
+        else:
+            hidden = FUNCTIONS[activation](gate) * up
     want = spec.output_multiplier * (hidden @ params["down"]["weight"] + params["down"]["bias"])
     np.testing.assert_allclose(got, want, atol=1e-5 * np.abs(want).max())
     assert auxiliary == Auxiliary()

@@ -3,6 +3,7 @@
 from typing import ClassVar, Literal
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
@@ -56,6 +57,10 @@ class GatedSpec(DenseSpec):
     expansion: PerLayer[Positive] = 8 / 3
     gate_multiplier: Positive = 1.0
 
+    def units(self, gate: jax.Array, up: jax.Array) -> jax.Array:
+        """The hidden units, of the two maps' results, which have the same shape and dtype."""
+        return ACTIVATIONS[self.activation](gate) * up
+
 
 class MLPSpec(DenseSpec):
     """``down(activation(up(x)))`` (Vaswani et al. 2017, eq. 2)."""
@@ -98,14 +103,24 @@ class ReGLUSpec(GatedSpec):
     kind: Literal["reglu"] = "reglu"
 
 
+class ClampedSwiGLUSpec(GatedSpec):
+    """``down(g sigmoid(slope g) (u + 1))``, ``g = min(gate(x), limit)``, ``u = clip(up(x), ±limit)`` (gpt-oss, 2025)."""
+
+    kind: Literal["clamped_swiglu"] = "clamped_swiglu"
+    slope: Positive = 1.702
+    limit: Positive = 7.0
+
+    def units(self, gate: jax.Array, up: jax.Array) -> jax.Array:
+        gate, up = jnp.minimum(gate, self.limit), jnp.clip(up, -self.limit, self.limit)
+        return gate * jax.nn.sigmoid(self.slope * gate) * (up + 1)
+
+
 class Dense(nnx.Module):
     def __init__(self, spec: DenseSpec, width: int, init: Initialization):
         hidden, embed = {"mlp": spec.hidden_size(width)}, {"embed": width}
         linear = TernaryLinear if spec.ternary else Linear
-        self.activation = ACTIVATIONS[spec.activation]
-        self.gated, self.output_multiplier = spec.gated, spec.output_multiplier
+        self.spec = spec
         if spec.gated:
-            self.gate_multiplier = spec.gate_multiplier
             # One matmul for both halves: the input is read once.
             self.gate_up = linear(embed, {"gate_up": 2, **hidden}, init=init, bias=spec.bias, batch=1)
         else:
@@ -114,11 +129,12 @@ class Dense(nnx.Module):
 
     def __call__(self, x: jax.Array, context: Context) -> tuple[jax.Array, Auxiliary]:
         """`x [batch, time, width]` → the same shape and dtype, and nothing auxiliary."""
-        return scaled(self.down(self.hidden(x)), self.output_multiplier), Auxiliary()
+        return scaled(self.down(self.hidden(x)), self.spec.output_multiplier), Auxiliary()
 
     def hidden(self, x: jax.Array) -> jax.Array:
         """What the last map reads, `[..., hidden]`."""
-        if not self.gated:
-            return self.activation(checkpoint_name(self.up(x), "ffn_hidden"))
+        spec = self.spec
+        if not spec.gated:
+            return ACTIVATIONS[spec.activation](checkpoint_name(self.up(x), "ffn_hidden"))
         both = checkpoint_name(self.gate_up(x), "ffn_hidden")
-        return self.activation(scaled(both[..., 0, :], self.gate_multiplier)) * both[..., 1, :]
+        return spec.units(scaled(both[..., 0, :], spec.gate_multiplier), both[..., 1, :])
