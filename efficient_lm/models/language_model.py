@@ -227,14 +227,19 @@ class LanguageModel:
             context: positions and documents; None takes each row as one whole document.
             caches: from `init_caches` or an earlier call; None keeps nothing.
             dtype: of the computation; parameters stay float32.
-            skipping: which layers each token runs; None runs all. See `Stack.ran` for which it were.
+            skipping: which layers each token runs; None runs all. `Stack.ran` says which they were.
 
         Returns:
             `[batch, time, width]` in `dtype`, the caches with these tokens added, and auxiliaries as of `Stack`.
+
+        Raises:
+            ConfigError: a policy that cannot work with the model.
         """
         x, context, entered = self.entered(params, tokens, context, caches, dtype)
-        reads_prompt = context.mode == "prefill" and skipping is not None and not skipping.prompt
-        traversal = None if skipping is None or reads_prompt else skipping.traversal(self, params)
+        if skipping is not None:
+            skipping.check(self)
+        whole = skipping is None or (context.mode == "prefill" and not skipping.prompt)
+        traversal = None if whole else skipping.traversal(self, params)
         x, caches, auxiliary, state = self.stack(params["stack"], x, context, caches, traversal)
         caches = caches if caches is None else caches | entered
         hidden = self.normed(params, x)

@@ -215,6 +215,33 @@ class Stack:
             streams, cache, auxiliary = blueprint(params).gated(x, context, cache, runs, traversal.keeps_caches)
         return streams.after, traversal.watch(state, table, streams, runs, context), cache, auxiliary
 
+    @property
+    def passes_by(self) -> bool:
+        """Whether depth rules let tokens pass by layers outside of training too."""
+        return any(spec.depth is not None and spec.depth.passes_by for part in self.segments for spec in part.period)
+
+    def ran(self, observed: dict[str, Any], live: jax.Array) -> jax.Array:
+        """Which tokens ran the mixer, and the ffn, of each layer: bool ``[2, layers, batch, time]``.
+
+        Args:
+            observed: of `Auxiliary`; depth rules say so where the context has ``record``.
+            live: which tokens count, bool ``[batch, time]``.
+        """
+
+        def halves(found: dict[str, jax.Array], repeats: int) -> jax.Array:
+            everyone = jnp.broadcast_to(live, (repeats, *live.shape))
+            both = [found.get(name, found.get("ran", everyone)) for name in ("mixer_ran", "ffn_ran")]
+            return jnp.stack(both) & live
+
+        parts = []
+        for number, part in enumerate(self.segments):
+            places = [
+                halves(observed[f"segment_{number}"][f"layer_{place}"], part.repeats)
+                for place in range(len(part.period))
+            ]
+            parts.append(jnp.stack(places, axis=2).reshape(2, part.layers, *live.shape))
+        return jnp.concatenate(parts, axis=1)
+
     def corrected(self, params: Parameters, counts: dict[str, Any]) -> Parameters:
         """The parameters after an optimizer step, moved by the `counts` of each layer (see `FFNSpec.corrected`)."""
         return {

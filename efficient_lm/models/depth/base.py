@@ -1,13 +1,14 @@
 """The contract of a depth rule: it wraps a block, and decides which tokens the block runs for."""
 
 from collections.abc import Callable, Iterator
+from typing import ClassVar
 
 import jax
 from flax import nnx
 
 from efficient_lm.models.auxiliary import Auxiliary
 from efficient_lm.models.context import Context
-from efficient_lm.models.mixers.base import Cache
+from efficient_lm.models.mixers.base import Cache, MixerSpec
 from efficient_lm.models.parameters import Initialization
 from efficient_lm.spec import Choice
 
@@ -16,11 +17,27 @@ Run = Callable[[jax.Array, Context, Cache | None], tuple[jax.Array, Cache | None
 
 
 class DepthSpec(Choice, role="depth"):
-    """A depth rule. One file per kind in this folder; defining the class registers it."""
+    """A depth rule. One file per kind in this folder; defining the class registers it.
+
+    Attributes:
+        chooses: whether it chooses tokens of a row by comparing them, and can also decide for each token by itself.
+        passes_by: whether tokens may pass by the block outside of training too.
+    """
+
+    chooses: ClassVar[bool] = False
+    passes_by: ClassVar[bool] = True
 
     def faults(self, width: int) -> Iterator[tuple[str, str]]:
         """What cannot work in a model of this width: pairs of (key, message)."""
         return iter(())
+
+    def mixer_faults(self, mixer: MixerSpec | None) -> Iterator[str]:
+        """Why the rule cannot wrap a block with this mixer."""
+        return iter(())
+
+    def decided(self, selection: str) -> "DepthSpec":
+        """The same, with tokens of rows without a cache chosen by ``top_k`` or ``causal``, if the rule `chooses`."""
+        return self
 
     def resolved(self, width: int) -> "DepthSpec":
         """The same with every size that follows from the width filled in."""
