@@ -14,6 +14,7 @@ from efficient_lm.data.base import AnyData
 from efficient_lm.data.tokenizers import TokenizerSpec
 from efficient_lm.errors import CheckpointError, ConfigError
 from efficient_lm.evaluation.windows import WindowSpec
+from efficient_lm.models.depth.base import DepthSpec
 from efficient_lm.models.ffns.base import FFNSpec
 from efficient_lm.models.language_model import ModelSpec
 from efficient_lm.models.mixers.base import MixerSpec
@@ -261,6 +262,7 @@ class Palettes(Spec):
 
     mixer: OneOf[MixerSpec]
     ffn: OneOf[FFNSpec]
+    depth: OneOf[DepthSpec]
 
 
 def json_schema() -> dict[str, Any]:

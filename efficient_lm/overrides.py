@@ -11,7 +11,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from efficient_lm.errors import ConfigError, nearest
 
-PALETTES = ("mixer", "ffn")
+PALETTES = ("mixer", "ffn", "depth")
 """Groups that are no section of a run: a model takes them by interpolation, as in ``mixer: ${mixer}``."""
 
 TEXT_KEYS = ("prompt",)

@@ -7,6 +7,7 @@ that comes with a downloaded checkpoint cannot run code.
 """
 
 import importlib
+import math
 import pkgutil
 from collections.abc import Mapping
 from importlib.metadata import entry_points
@@ -187,10 +188,42 @@ class Ramp(Spec):
     @classmethod
     def _needs_both(cls, value: Any) -> Any:
         if isinstance(value, Mapping) and set(value) != {"start", "end"}:
-            raise PydanticCustomError(
-                "ramp", "a value that varies with depth is a list, or a mapping with 'start' and 'end'", {}
-            )
+            raise _no_schedule()
         return value
+
+
+class Cosine(Spec):
+    """A value that goes with depth as half a period of a cosine around `center`, and stays within `least` and `most`.
+
+    Of occurrence i of n: ``clip(center + amplitude * cos(π i / (n - 1)), least, most)``.
+    """
+
+    center: Real
+    amplitude: Real = 0.5
+    least: Real | None = None
+    most: Real | None = None
+
+    def value(self, index: int, count: int, whole: bool) -> float | int:
+        value = self.center + self.amplitude * math.cos(math.pi * index / max(count - 1, 1))
+        value = value if self.least is None else max(value, self.least)
+        value = value if self.most is None else min(value, self.most)
+        return round(value) if whole else value
+
+    @model_validator(mode="before")
+    @classmethod
+    def _needs_center(cls, value: Any) -> Any:
+        if isinstance(value, Mapping) and not {"center"} <= set(value) <= set(cls.model_fields):
+            raise _no_schedule()
+        return value
+
+
+def _no_schedule() -> PydanticCustomError:
+    return PydanticCustomError(
+        "schedule",
+        "a value that varies with depth is a list, or a mapping with 'start' and 'end', or with 'center' and, unless "
+        "left out, 'amplitude', 'least' and 'most'",
+        {},
+    )
 
 
 class _Varies:
@@ -201,11 +234,11 @@ class _Varies:
 
 
 class PerLayer:
-    """``PerLayer[int]``: one value, a list with one value per layer that uses the block, or a `Ramp`."""
+    """``PerLayer[int]``: one value, a list with one value per layer that uses the block, a `Ramp` or a `Cosine`."""
 
     def __class_getitem__(cls, item: Any) -> Any:
         whole = float not in _flat(item)
-        return Annotated[item | Ramp | Annotated[tuple[item, ...], Strict(False)], _Varies(whole)]
+        return Annotated[item | Ramp | Cosine | Annotated[tuple[item, ...], Strict(False)], _Varies(whole)]
 
 
 def _flat(item: Any) -> list[Any]:
@@ -224,6 +257,6 @@ def _at(value: Any, index: int, count: int, name: str, mark: _Varies | None) -> 
                 f"'{name}' lists {len(value)} values, but {count} layers use it: give one value, or {count}"
             )
         return value[index]
-    if mark and isinstance(value, Ramp):
+    if mark and isinstance(value, Ramp | Cosine):
         return value.value(index, count, mark.whole)
     return value.at(index, count) if isinstance(value, Spec) else value

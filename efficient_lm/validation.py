@@ -127,8 +127,8 @@ def _want(fault: dict[str, Any]) -> str:
     if fault["type"] in ("too_short", "too_long"):
         limit = fault["ctx"].get("min_length", fault["ctx"].get("max_length"))
         return f"at {'least' if fault['type'] == 'too_short' else 'most'} {limit} item{'s' if limit != 1 else ''}"
-    if fault["type"] == "ramp" or fault.get("ctx", {}).get("class_name") == "Ramp":
-        return "a mapping with 'start' and 'end'"
+    if fault["type"] == "schedule" or fault.get("ctx", {}).get("class_name") in ("Ramp", "Cosine"):
+        return "a mapping with 'start' and 'end' or with 'center'"
     wanted = _WANTED.get(fault["type"])
     return wanted.format(**_numbers(fault.get("ctx", {}))) if wanted else _said(fault)
 

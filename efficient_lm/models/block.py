@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
+from pydantic import field_validator
 
 import efficient_lm.models.depth
 import efficient_lm.models.ffns
@@ -19,6 +20,7 @@ import efficient_lm.models.mixers  # noqa: F401  (every kind of these folders re
 from efficient_lm.models.auxiliary import Auxiliary
 from efficient_lm.models.context import Context
 from efficient_lm.models.depth.base import DepthSpec
+from efficient_lm.models.depth.none import NoDepthSpec
 from efficient_lm.models.ffns.base import FFNSpec
 from efficient_lm.models.layers.linear import scaled
 from efficient_lm.models.layers.norms import NormSpec, RMSNormSpec
@@ -62,6 +64,11 @@ class BlockSpec(Spec):
     residual_multiplier: Positive | Halves = 1.0
     stream_multiplier: Positive | Halves = 1.0
 
+    @field_validator("depth")
+    @classmethod
+    def _none_is_no_rule(cls, depth: DepthSpec | None) -> DepthSpec | None:
+        return None if isinstance(depth, NoDepthSpec) else depth
+
     def faults(self, width: int) -> Iterator[tuple[str, str]]:
         """What cannot work in a model of this width: pairs of (key, message)."""
         if self.mixer is None and self.ffn is None:
@@ -72,6 +79,10 @@ class BlockSpec(Spec):
             yield "norm_position", "stream needs residual: sequential, for parallel halves share one stream"
         if self.residual == "parallel" and isinstance(self.stream_multiplier, Halves):
             yield "stream_multiplier", "parallel halves share one stream: give one factor"
+        if self.depth is not None:
+            yield from (
+                ("mixer", f"depth '{self.depth.kind}': {fault}") for fault in self.depth.mixer_faults(self.mixer)
+            )
         for name, part in self._parts.items():
             if part is not None:
                 yield from ((f"{name}.{key}", message) for key, message in part.faults(width))

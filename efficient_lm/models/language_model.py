@@ -122,6 +122,20 @@ class ModelSpec(Spec):
                 raise ConfigError(f"model.blocks.{name}: {error}") from None
         return resolved
 
+    def decided(self, selection: str) -> "ModelSpec":
+        """The same, with tokens of rows without a cache chosen as `selection` says by every depth rule of a block.
+
+        Raises:
+            ConfigError: no block has a rule that can choose so.
+        """
+        blocks = {
+            name: block.model_copy(update={"depth": block.depth and block.depth.decided(selection)})
+            for name, block in self.blocks.items()
+        }
+        if not any(block.depth and block.depth.chooses for block in blocks.values()):
+            raise ConfigError("selection: no block of the model has a depth rule that chooses tokens")
+        return self.model_copy(update={"blocks": blocks})
+
     def check_causal(self, purpose: str) -> None:
         """Refuse mixers that see later tokens. Raises `ConfigError` naming one, and what they cannot be used for."""
         for name, block in self.blocks.items():

@@ -112,7 +112,7 @@ def test_the_other_verbs():
 
 def test_the_schema_knows_every_section_and_kind():
     schema = json_schema()
-    assert set(schema["properties"]) == {"defaults", "mixer", "ffn", *RunConfig.model_fields}
+    assert set(schema["properties"]) == {"defaults", "mixer", "ffn", "depth", *RunConfig.model_fields}
     references = set(re.findall(r"#/\$defs/([^'\"]+)", str(schema)))
     assert references <= set(schema["$defs"])
     kinds = schema["properties"]["ffn"]["anyOf"][0]["oneOf"]

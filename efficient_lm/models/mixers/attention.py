@@ -13,7 +13,7 @@ from efficient_lm.models.layers.linear import Linear
 from efficient_lm.models.layers.norms import NormSpec
 from efficient_lm.models.layers.positions import PositionSpec, RotarySpec
 from efficient_lm.models.mixers.base import Cache, MixerSpec, dividing
-from efficient_lm.models.mixers.token_cache import TokenCache, mean_seen, memory_faults, places
+from efficient_lm.models.mixers.token_cache import TokenCache, mean_seen, memory_faults, places, rows
 from efficient_lm.models.parameters import ZEROS, Initialization, parameter
 from efficient_lm.spec import Count, Natural, OneOf, PerLayer, Positive
 from kernels_pallas.attention import attention, attention_weights
@@ -157,11 +157,8 @@ class Attention(nnx.Module):
         return y
 
     def _attend_rows(self, q: jax.Array, k: jax.Array, v: jax.Array, context: Context) -> jax.Array:
-        """Without a cache: rows are in order, so distances are differences of the index."""
-        index = jnp.arange(q.shape[1], dtype=jnp.int32)[None]
-        return self._attend(
-            q, k, v, self.position.bias(index, index), segment_ids=context.segment_ids if context.packed else None
-        )
+        where, masks = rows(context, self.spec.window)
+        return self._attend(q, k, v, self.position.bias(where, where), **masks)
 
     def _attend_cache(
         self, q: jax.Array, k: jax.Array, v: jax.Array, context: Context, cache: Cache

@@ -24,9 +24,11 @@ class MixerSpec(Choice, role="mixer"):
 
     Attributes:
         bidirectional: whether tokens see later ones; such a mixer cannot decode, nor learn to predict the next token.
+        needs_every_token: whether it counts on seeing all tokens of a document, so that none may pass it by.
     """
 
     bidirectional: ClassVar[bool] = False
+    needs_every_token: ClassVar[bool] = False
 
     def faults(self, width: int) -> Iterator[tuple[str, str]]:
         """What cannot work in a model of this width: pairs of (key, message)."""

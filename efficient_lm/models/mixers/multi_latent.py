@@ -15,7 +15,7 @@ from efficient_lm.models.layers.norms import NormSpec, RMSNormSpec
 from efficient_lm.models.layers.positions import PositionSpec, RotarySpec
 from efficient_lm.models.mixers.attention import mean_entropy
 from efficient_lm.models.mixers.base import Cache, MixerSpec, dividing
-from efficient_lm.models.mixers.token_cache import TokenCache, mean_seen, memory_faults, places
+from efficient_lm.models.mixers.token_cache import TokenCache, mean_seen, memory_faults, places, rows
 from efficient_lm.models.parameters import ZEROS, Initialization, parameter
 from efficient_lm.spec import Count, Natural, OneOf, PerLayer, Positive, Real
 from kernels_pallas.attention import attention, attention_weights
@@ -175,10 +175,9 @@ class MultiLatent(nnx.Module):
 
     def _attend_rows(self, q: jax.Array, latent: jax.Array, context: Context) -> jax.Array:
         """Without a cache, keys and values are made of the latents; rows are in order."""
-        index = jnp.arange(q.shape[1], dtype=jnp.int32)[None]
+        where, masks = rows(context, self.spec.window)
         v = checkpoint_name(self.value(latent[:, :, 0, : self.spec.latent_size]), "value")
-        ids = context.segment_ids if context.packed else None
-        return self._attend(q, self._keys(latent), v, self.position.bias(index, index), segment_ids=ids)
+        return self._attend(q, self._keys(latent), v, self.position.bias(where, where), **masks)
 
     def _attend_cache(self, q: jax.Array, latent: jax.Array, context: Context, cache: Cache) -> tuple[jax.Array, Cache]:
         """From the cache, the heads look at the latents themselves: one head of keys and values for all."""

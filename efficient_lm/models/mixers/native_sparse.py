@@ -1,7 +1,7 @@
 """Native sparse attention: each token sees summaries of all blocks, a few blocks whole, and a window."""
 
 from collections.abc import Iterator
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -45,6 +45,7 @@ class NativeSparseSpec(MixerSpec):
         position: rotary or none.
     """
 
+    needs_every_token: ClassVar[bool] = True
     kind: Literal["native_sparse"] = "native_sparse"
     heads: PerLayer[Count | None] = None
     kv_heads: PerLayer[Count | None] = None

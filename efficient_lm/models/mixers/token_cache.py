@@ -71,6 +71,19 @@ class TokenCache:
         return None if self.window is None else max(cache["positions"].shape[1] - self.kept, 1)
 
 
+def rows(context: Context, window: int | None) -> tuple[jax.Array, dict[str, jax.Array | None]]:
+    """For attention without a cache: where tokens are, int32 ``[1 or batch, time]``, and what bounds their sight.
+
+    Rows are in order: distances are differences of the index, unless tokens are missing in between.
+    """
+    masks = {"segment_ids": context.segment_ids if context.packed else None}
+    if not context.gaps:
+        return jnp.arange(context.positions.shape[1], dtype=jnp.int32)[None], masks
+    if window is not None:
+        masks |= {"query_positions": context.positions, "key_positions": context.positions}
+    return context.positions, masks
+
+
 def places(context: Context, visible: Cache) -> dict[str, jax.Array]:
     """For `kernels_pallas.attention`: where queries are and what they look at, in order and document."""
     return {
