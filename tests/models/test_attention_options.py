@@ -20,12 +20,13 @@ def model_of(**options):
     return ModelSpec.model_validate(spec)
 
 
-def attend(x, params, over):
+def attend(x, params, over, clip=np.inf):
     """float64 attention without positions; queries and keys `[time, heads, size]` are normed over the axes `over`."""
     q, pair = (np.einsum("te,e...->t...", x, params[name]["weight"]) for name in ("query", "key_value"))
     k, v = pair[:, 0], pair[:, 1]
     q = q / np.sqrt(np.mean(q**2, over, keepdims=True) + 1e-6) * params["query_norm"]["scale"]
     k = k / np.sqrt(np.mean(k**2, over, keepdims=True) + 1e-6) * params["key_norm"]["scale"]
+    q, k, v = (np.clip(part, -clip, clip) for part in (q, k, v))
     k, v = np.repeat(k, 2, axis=1), np.repeat(v, 2, axis=1)
     logits = np.einsum("thd,shd->hts", q, k) / np.sqrt(q.shape[-1])
     weights = np.exp(np.where(np.tri(len(x)), logits, -np.inf))
@@ -33,9 +34,13 @@ def attend(x, params, over):
     return np.einsum("thd,hde->te", y, params["output"]["weight"])
 
 
-@pytest.mark.parametrize(("name", "over", "shape"), [("head", (2,), (8,)), ("all", (1, 2), (2, 8))])
-def test_queries_and_keys_are_normed_over_one_head_or_all(name, over, shape):
-    spec = AttentionSpec(heads=4, kv_heads=2, qk_norm={"kind": "rmsnorm"}, qk_norm_over=name, position={"kind": "none"})
+@pytest.mark.parametrize(
+    ("name", "over", "shape", "clip"),
+    [("head", (2,), (8,), None), ("all", (1, 2), (2, 8), None), ("all", (1, 2), (2, 8), 0.5)],
+)
+def test_queries_and_keys_are_normed_over_one_head_or_all_and_clipped(name, over, shape, clip):
+    options = {"qk_norm": {"kind": "rmsnorm"}, "qk_norm_over": name, "clip": clip, "position": {"kind": "none"}}
+    spec = AttentionSpec(heads=4, kv_heads=2, **options)
     mixer = Blueprint(lambda: spec.build(WIDTH, Initialization()))
     params = jax.tree.map(
         lambda leaf: leaf + 0.3 * jax.random.normal(jax.random.key(2), leaf.shape), mixer.init(jax.random.key(0))
@@ -43,7 +48,7 @@ def test_queries_and_keys_are_normed_over_one_head_or_all(name, over, shape):
     assert params["key_norm"]["scale"].shape == shape
     x = jax.random.normal(jax.random.key(1), (1, TIME, WIDTH))
     got = jax.jit(lambda params, x: mixer(params)(x, Context.rows(1, TIME))[0])(params, x)
-    want = attend(np.asarray(x[0], np.float64), jax.tree.map(np.float64, params), over)
+    want = attend(np.asarray(x[0], np.float64), jax.tree.map(np.float64, params), over, clip or np.inf)
     np.testing.assert_allclose(got[0], want, atol=1e-5 * np.abs(want).max())
 
 

@@ -37,6 +37,7 @@ class AttentionSpec(MixerSpec):
         scale: factor of the logits; None takes ``head_size ** -0.5``.
         qk_norm: norm of queries and keys, before rotation (Henry et al. 2020).
         qk_norm_over: ``head`` norms each head by itself, ``all`` every head's values together (OLMo 2).
+        clip: bounds the values of queries, keys and values, before rotation (DBRX, OLMo).
         output_gate: multiplies what each head attended to by ``sigmoid(W_g x)``, value by value (Qiu et al. 2025, arXiv
             2505.06708).
         bias, output_bias: biases of the query, key, value and gate maps, and of the output map.
@@ -55,6 +56,7 @@ class AttentionSpec(MixerSpec):
     scale: PerLayer[Positive | None] = None
     qk_norm: OneOf[NormSpec] | None = None
     qk_norm_over: Literal["head", "all"] = "head"
+    clip: Positive | None = None
     output_gate: bool = False
     bias: bool = False
     output_bias: bool = False
@@ -139,6 +141,8 @@ class Attention(nnx.Module):
         k, v = pair[..., 0, :, :], pair[..., 1, :, :]
         if self.query_norm is not None:
             q, k = self.query_norm(q), self.key_norm(k)
+        if self.spec.clip is not None:
+            q, k, v = (jnp.clip(part, -self.spec.clip, self.spec.clip) for part in (q, k, v))
         q, k = self.position.rotate(q, context.positions), self.position.rotate(k, context.positions)
         return checkpoint_name(q, "query"), checkpoint_name(k, "key"), checkpoint_name(v, "value")
 
@@ -171,14 +175,17 @@ class Attention(nnx.Module):
 
     def entropy(self, x: jax.Array, context: Context) -> jax.Array:
         """Mean entropy in nats of the weights of every real token, float32 ``[batch, heads]``; builds all weights."""
+        return mean_entropy(self.weights(x, context), context)
+
+    def weights(self, x: jax.Array, context: Context) -> jax.Array:
+        """What each token attends to, float32 ``[batch, heads, time, time]``."""
         q, k, _ = self._project(x, context)
         index = jnp.arange(q.shape[1], dtype=jnp.int32)[None]
-        weights = attention_weights(
+        return attention_weights(
             q, k, window=self.spec.window, kept=self.spec.kept_tokens, softcap=self.spec.softcap,
             sinks=None if self.sinks is None else self.sinks[...], scale=self.spec.scale,
             bias=self.position.bias(index, index), segment_ids=context.segment_ids,
         )  # fmt: skip
-        return mean_entropy(weights, context)
 
     def init_cache(self, batch: int, length: int, dtype: jnp.dtype) -> Cache:
         """An empty cache for `length` tokens; keys and values are `[batch, slots, kv_heads, head_size]`."""
