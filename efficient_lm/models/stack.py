@@ -17,6 +17,7 @@ from jax import lax
 from efficient_lm.models.auxiliary import Auxiliary, added
 from efficient_lm.models.block import REMAT_NAMES, BlockSpec
 from efficient_lm.models.context import Context
+from efficient_lm.models.layers.linear import GROUPED
 from efficient_lm.models.parameters import Blueprint, Initialization, Parameters, map_declarations
 from efficient_lm.models.traversal import State, Streams, Traversal
 
@@ -70,7 +71,10 @@ def checkpoint_policy(remat: Remat, names: Sequence[str]) -> Callable[[Callable]
     """
     policies = {
         "full": jax.checkpoint_policies.nothing_saveable,
-        "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        "dots": jax.checkpoint_policies.save_from_both_policies(
+            jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+            jax.checkpoint_policies.save_only_these_names(GROUPED),
+        ),
         "names": jax.checkpoint_policies.save_only_these_names(*names),
     }
     if remat == "none":

@@ -24,6 +24,11 @@ class FFNSpec(Choice, role="ffn"):
         return self
 
     @property
+    def causal(self) -> bool:
+        """Whether a token's result is independent of later tokens."""
+        return True
+
+    @property
     def pregated_experts(self) -> int | None:
         """Experts that a router in front of the layers has to score for it; None where it asks for no scores."""
         return None

@@ -1,5 +1,6 @@
 """Dense channel mixers: the plain MLP and the gated ones."""
 
+from functools import partial
 from typing import ClassVar, Literal
 
 import jax
@@ -11,6 +12,7 @@ from efficient_lm.models.auxiliary import Auxiliary
 from efficient_lm.models.context import Context
 from efficient_lm.models.ffns.base import FFNSpec
 from efficient_lm.models.layers.activations import ACTIVATIONS, Activation
+from efficient_lm.models.layers.groups import Groups
 from efficient_lm.models.layers.linear import Linear, scaled
 from efficient_lm.models.layers.ternary import TernaryLinear
 from efficient_lm.models.parameters import Initialization
@@ -43,8 +45,9 @@ class DenseSpec(FFNSpec):
         hidden = self.hidden_size(width)
         return self.model_copy(update={"hidden": hidden, "expansion": hidden / width})
 
-    def build(self, width: int, init: Initialization) -> nnx.Module:
-        return Dense(self, width, init)
+    def build(self, width: int, init: Initialization, experts: int | None = None) -> "Dense":
+        """The module; with `experts`, so many of them in one, for `Dense.transformed` of rows in groups."""
+        return Dense(self, width, init, experts)
 
     def flops_per_token(self, width: int) -> float:
         return 2.0 * width * self.hidden_size(width) * (3 if self.gated else 2)
@@ -116,25 +119,29 @@ class ClampedSwiGLUSpec(GatedSpec):
 
 
 class Dense(nnx.Module):
-    def __init__(self, spec: DenseSpec, width: int, init: Initialization):
+    def __init__(self, spec: DenseSpec, width: int, init: Initialization, experts: int | None = None):
         hidden, embed = {"mlp": spec.hidden_size(width)}, {"embed": width}
-        linear = TernaryLinear if spec.ternary else Linear
+        linear = partial(TernaryLinear if spec.ternary else Linear, init=init, bias=spec.bias, experts=experts)
         self.spec = spec
         if spec.gated:
             # One matmul for both halves: the input is read once.
-            self.gate_up = linear(embed, {"gate_up": 2, **hidden}, init=init, bias=spec.bias, batch=1)
+            self.gate_up = linear(embed, {"gate_up": 2, **hidden}, batch=1)
         else:
-            self.up = linear(embed, hidden, init=init, bias=spec.bias)
-        self.down = linear(hidden, embed, init=init, bias=spec.bias, residual=True)
+            self.up = linear(embed, hidden)
+        self.down = linear(hidden, embed, residual=True)
 
     def __call__(self, x: jax.Array, context: Context) -> tuple[jax.Array, Auxiliary]:
         """`x [batch, time, width]` → the same shape and dtype, and nothing auxiliary."""
-        return scaled(self.down(self.hidden(x)), self.spec.output_multiplier), Auxiliary()
+        return self.transformed(x), Auxiliary()
 
-    def hidden(self, x: jax.Array) -> jax.Array:
+    def transformed(self, x: jax.Array, groups: Groups | None = None) -> jax.Array:
+        """`x [..., width]` → the same shape and dtype; of several experts, `[rows, width]` in groups, one for each."""
+        return scaled(self.down(self.hidden(x, groups), groups), self.spec.output_multiplier)
+
+    def hidden(self, x: jax.Array, groups: Groups | None = None) -> jax.Array:
         """What the last map reads, `[..., hidden]`."""
         spec = self.spec
         if not spec.gated:
-            return ACTIVATIONS[spec.activation](checkpoint_name(self.up(x), "ffn_hidden"))
-        both = checkpoint_name(self.gate_up(x), "ffn_hidden")
+            return ACTIVATIONS[spec.activation](checkpoint_name(self.up(x, groups), "ffn_hidden"))
+        both = checkpoint_name(self.gate_up(x, groups), "ffn_hidden")
         return spec.units(scaled(both[..., 0, :], spec.gate_multiplier), both[..., 1, :])

@@ -6,8 +6,14 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
+from efficient_lm.models.layers.groups import Groups, spread
 from efficient_lm.models.parameters import ZEROS, Initialization, parameter
+
+
+GROUPED = "grouped_product"
+"""Name for rematerialisation of products of rows with their group's weights, which are no plain matrix products."""
 
 
 @jax.custom_vjp
@@ -42,6 +48,7 @@ class Linear(nnx.Module):
         inputs, outputs: logical axis name → size, in order; the weight has all of them.
         batch: leading output axes that are separate matrices side by side (gate and up, key and value).
         residual: whether the map writes into the residual stream (and starts smaller with depth).
+        experts: so many maps side by side, with a leading axis `experts`; the call then takes the groups of its rows.
     """
 
     def __init__(
@@ -53,22 +60,30 @@ class Linear(nnx.Module):
         bias: bool = False,
         batch: int = 0,
         residual: bool = False,
+        experts: int | None = None,
     ):
+        stack = {} if experts is None else {"experts": experts}
         fan_in = math.prod(inputs.values())
-        rank_in, rank = len(inputs), len(inputs) + len(outputs)
-        matrix = (tuple(range(rank_in)), tuple(range(rank_in + batch, rank)))
+        first, behind = len(stack), len(stack) + len(inputs)
+        matrix = (tuple(range(first, behind)), tuple(range(behind + batch, behind + len(outputs))))
         start = init.output(fan_in) if residual else init.matrix(fan_in)
         self.input_shape, self.output_shape = tuple(inputs.values()), tuple(outputs.values())
-        self.weight = parameter({**inputs, **outputs}, start, decay=True, matrix=matrix)
-        self.bias = parameter(outputs, ZEROS) if bias else None
+        self.weight = parameter({**stack, **inputs, **outputs}, start, decay=True, matrix=matrix)
+        self.bias = parameter({**stack, **outputs}, ZEROS) if bias else None
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """`x [..., *inputs]` → `[..., *outputs]`, same dtype."""
+    def __call__(self, x: jax.Array, groups: Groups | None = None) -> jax.Array:
+        """`x [..., *inputs]` → `[..., *outputs]`, same dtype; with groups, `[rows, *inputs]` → `[rows, *outputs]`."""
         lead = x.shape[: x.ndim - len(self.input_shape)]
         rows = x.reshape(-1, math.prod(self.input_shape))
-        weight = self.weight[...].astype(x.dtype).reshape(rows.shape[-1], -1)
-        y = matmul(rows, weight).reshape(*lead, *self.output_shape)
-        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+        y = self.product(rows, self.weight[...], groups).reshape(*lead, *self.output_shape)
+        return y if self.bias is None else y + spread(self.bias[...], groups, len(rows)).astype(x.dtype)
+
+    def product(self, rows: jax.Array, weight: jax.Array, groups: Groups | None) -> jax.Array:
+        """`rows [rows, in]` times `weight [*inputs, *outputs]`, or that of their group → ``[rows, out]``, same dtype."""
+        if groups is None:
+            return matmul(rows, weight.astype(rows.dtype).reshape(rows.shape[1], -1))
+        matrices = weight.reshape(weight.shape[0], rows.shape[1], -1)
+        return checkpoint_name(groups.product(rows, matrices), GROUPED)
 
 
 class LowRank(nnx.Module):

@@ -9,6 +9,7 @@ from flax import nnx
 from pydantic import model_validator
 from pydantic_core import PydanticCustomError
 
+from efficient_lm.models.layers.groups import Groups, spread
 from efficient_lm.models.parameters import ONES, ZEROS, parameter
 from efficient_lm.spec import Choice, Positive
 
@@ -59,16 +60,20 @@ def _named(axes: int | Mapping[str, int]) -> Mapping[str, int]:
 
 
 class RMSNorm(nnx.Module):
-    def __init__(self, spec: RMSNormSpec, axes: Mapping[str, int]):
-        self.epsilon, self.one_plus, self.axes = spec.epsilon, spec.one_plus, tuple(range(-len(axes), 0))
-        self.scale = parameter(axes, ZEROS if spec.one_plus else ONES) if spec.scale else None
+    """With `experts`, so many scales side by side; the call then takes the groups of its rows."""
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """`x [..., *axes]` → the same shape and dtype."""
+    def __init__(self, spec: RMSNormSpec, axes: Mapping[str, int], experts: int | None = None):
+        stack = {} if experts is None else {"experts": experts}
+        self.epsilon, self.one_plus, self.axes = spec.epsilon, spec.one_plus, tuple(range(-len(axes), 0))
+        self.scale = parameter({**stack, **axes}, ZEROS if spec.one_plus else ONES) if spec.scale else None
+
+    def __call__(self, x: jax.Array, groups: Groups | None = None) -> jax.Array:
+        """`x [..., *axes]` → the same shape and dtype; with groups, `[rows, *axes]`."""
         wide = x.astype(jnp.float32)
         normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=self.axes, keepdims=True) + self.epsilon)
         if self.scale is not None:
-            normed = normed * (self.scale[...] + 1.0 if self.one_plus else self.scale[...])
+            scale = spread(self.scale[...], groups, len(x))
+            normed = normed * (scale + 1.0 if self.one_plus else scale)
         return normed.astype(x.dtype)
 
 

@@ -7,8 +7,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from efficient_lm.models.layers.linear import Linear, matmul
-from efficient_lm.models.layers.norms import RMSNormSpec
+from efficient_lm.models.layers.groups import Groups, spread
+from efficient_lm.models.layers.linear import Linear
+from efficient_lm.models.layers.norms import RMSNorm, RMSNormSpec
 
 LEVELS = 127
 """Largest input, in steps."""
@@ -26,25 +27,37 @@ class TernaryLinear(Linear):
     bfloat16. Arguments are those of `Linear`.
     """
 
-    def __init__(self, inputs: Mapping[str, int], outputs: Mapping[str, int], *, batch: int = 0, **options: Any):
-        super().__init__(inputs, outputs, batch=batch, **options)
-        self.norm = RMSNormSpec(epsilon=1e-8).build(inputs)
-        batched = range(len(inputs), len(inputs) + batch)
-        self.matrix_axes = tuple(axis for axis in range(len(inputs) + len(outputs)) if axis not in batched)
+    def __init__(
+        self,
+        inputs: Mapping[str, int],
+        outputs: Mapping[str, int],
+        *,
+        batch: int = 0,
+        experts: int | None = None,
+        **options: Any,
+    ):
+        super().__init__(inputs, outputs, batch=batch, experts=experts, **options)
+        self.norm = RMSNorm(RMSNormSpec(epsilon=1e-8), inputs, experts)
+        first = 0 if experts is None else 1
+        behind = first + len(inputs)
+        self.matrix_axes = (*range(first, behind), *range(behind + batch, behind + len(outputs)))
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """`x [..., *inputs]` → `[..., *outputs]`, same dtype."""
+    def __call__(self, x: jax.Array, groups: Groups | None = None) -> jax.Array:
+        """`x [..., *inputs]` → `[..., *outputs]`, same dtype; with groups, `[rows, *inputs]` → `[rows, *outputs]`."""
         lead = x.shape[: x.ndim - len(self.input_shape)]
-        weight = self.weight[...]
+        weight, many = self.weight[...], math.prod(lead)
         size = jnp.maximum(jnp.mean(jnp.abs(weight), axis=self.matrix_axes, keepdims=True), LEAST)
-        ternary = rounded(weight, size, 1)
-        rows = self.norm(x.astype(jnp.float32)).reshape(-1, math.prod(self.input_shape))
+        rows = self.norm(x.astype(jnp.float32), groups).reshape(many, -1)
         step = jnp.maximum(jnp.max(jnp.abs(rows), axis=-1, keepdims=True), LEAST) / LEVELS
-        y = matmul(rounded(rows, step, LEVELS).astype(x.dtype), ternary.astype(x.dtype).reshape(rows.shape[-1], -1))
-        scale = jax.lax.stop_gradient(jnp.broadcast_to(size, (*(1,) * len(self.input_shape), *self.output_shape)))
-        y = y.astype(jnp.float32) * jax.lax.stop_gradient(step) * scale.reshape(1, -1)
-        y = y.reshape(*lead, *self.output_shape)
-        return (y if self.bias is None else y + self.bias[...]).astype(x.dtype)
+        y = self.product(rounded(rows, step, LEVELS).astype(x.dtype), rounded(weight, size, 1), groups)
+        # The sizes of matrices side by side, each as wide as the outputs.
+        size = jnp.squeeze(size, self.matrix_axes[: len(self.input_shape)])
+        size = jnp.broadcast_to(size, (*size.shape[: size.ndim - len(self.output_shape)], *self.output_shape))
+        scale = jax.lax.stop_gradient(spread(size, groups, many))
+        y = y.astype(jnp.float32).reshape(many, *self.output_shape) * scale
+        y = (y.reshape(many, -1) * jax.lax.stop_gradient(step)).reshape(many, *self.output_shape)
+        y = y if self.bias is None else y + spread(self.bias[...], groups, many)
+        return y.astype(x.dtype).reshape(*lead, *self.output_shape)
 
 
 def rounded(x: jax.Array, step: jax.Array, largest: int) -> jax.Array:
