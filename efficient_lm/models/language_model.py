@@ -146,6 +146,13 @@ class ModelSpec(Spec):
                     f"{purpose}; {nearest(block.mixer.kind, causal)}"
                 )
 
+    def check_decodes(self) -> None:
+        """Refuse what cannot generate token by token. Raises `ConfigError` naming it."""
+        self.check_causal("are still to be generated")
+        for name, layer in zip(self.layer_names(), self.layers(), strict=True):
+            for key, message in layer.ffn.decode_faults() if layer.ffn is not None else ():
+                raise ConfigError(f"model.blocks.{name}.ffn.{key}: {message}")
+
     def build(self) -> "LanguageModel":
         """The model's definition; no array is allocated. `vocab_size` must be set."""
         return LanguageModel(self)

@@ -12,8 +12,10 @@ def grouped_matmul(x, w, group_sizes):
     def add(y, group):
         number, matrix = group
         own = (groups == number)[:, None]
-        rows = jnp.where(own, x.astype(dtype), 0)
-        return y + jnp.matmul(rows, matrix.astype(x.dtype).astype(dtype), precision="highest"), None
+        rows, exact = jnp.where(own, x.astype(dtype), 0), matrix.astype(dtype)
+        # Rounded as the products read it, while its gradient is not.
+        matrix = exact + jax.lax.stop_gradient(matrix.astype(x.dtype).astype(dtype) - exact)
+        return y + jnp.matmul(rows, matrix, precision="highest"), None
 
     y = jnp.zeros((x.shape[0], w.shape[2]), dtype)
     return jax.lax.scan(add, y, (jnp.arange(w.shape[0]), w))[0].astype(x.dtype)

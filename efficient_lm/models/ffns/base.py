@@ -19,14 +19,13 @@ class FFNSpec(Choice, role="ffn"):
         """What cannot work in a model of this width: pairs of (key, message)."""
         return iter(())
 
+    def decode_faults(self) -> Iterator[tuple[str, str]]:
+        """What keeps a model that has it from generating token by token: pairs of (key, message)."""
+        return iter(())
+
     def resolved(self, width: int) -> "FFNSpec":
         """The same with every size that follows from the width filled in."""
         return self
-
-    @property
-    def causal(self) -> bool:
-        """Whether a token's result is independent of later tokens."""
-        return True
 
     @property
     def pregated_experts(self) -> int | None:

@@ -107,7 +107,7 @@ class ReGLUSpec(GatedSpec):
 
 
 class ClampedSwiGLUSpec(GatedSpec):
-    """``down(g sigmoid(slope g) (u + 1))``, ``g = min(gate(x), limit)``, ``u = clip(up(x), ±limit)`` (gpt-oss, 2025)."""
+    """``down(g sigmoid(slope g) (u + 1))``, ``g = min(gate(x), limit)``, ``u = clip(up(x), ±limit)`` (gpt-oss)."""
 
     kind: Literal["clamped_swiglu"] = "clamped_swiglu"
     slope: Positive = 1.702

@@ -43,6 +43,9 @@ class MoESpec(FFNSpec):
         choice: whether each ``token`` chooses its best experts or each ``expert`` its best tokens; the latter sees
             later tokens, and has no decode.
         zero_experts: experts that compute next to nothing, for routers to choose besides; null: none.
+        latent: size of what experts read and write, between a map down before routing and one up behind the weighted
+            sum, while router and `shared` keep to the width (Nemotron 3, NVIDIA 2025); null: the width, without maps.
+        latent_bias: whether these maps have biases.
     """
 
     kind: Literal["moe"] = "moe"
@@ -56,6 +59,8 @@ class MoESpec(FFNSpec):
     dispatch: DispatchSpec = DispatchSpec()
     choice: Literal["token", "expert"] = "token"
     zero_experts: ZeroExpertsSpec | None = None
+    latent: Count | None = None
+    latent_bias: bool = False
 
     @property
     def routed(self) -> int:
@@ -68,10 +73,6 @@ class MoESpec(FFNSpec):
         return self.zero_experts.load(self.experts) if self.zero_experts else 1.0 / self.experts
 
     @property
-    def causal(self) -> bool:
-        return self.choice == "token"
-
-    @property
     def pregated_experts(self) -> int | None:
         return self.routed if self.router.pregated else None
 
@@ -81,7 +82,8 @@ class MoESpec(FFNSpec):
             if part is not None and not isinstance(part, DenseSpec):
                 yield f"{name}.kind", f"'{part.kind}' is not a dense channel mixer; {nearest(part.kind, dense)}"
             elif part is not None:
-                yield from ((f"{name}.{key}", message) for key, message in part.faults(width))
+                size = width if name == "shared" else self.latent or width
+                yield from ((f"{name}.{key}", message) for key, message in part.faults(size))
         if self.top_k > self.routed:
             yield "top_k", f"{self.top_k}, but there are {self.routed} experts; at most {self.routed}"
         else:
@@ -94,16 +96,16 @@ class MoESpec(FFNSpec):
             yield from self._expert_choice_faults()
 
     def _expert_choice_faults(self) -> Iterator[tuple[str, str]]:
-        least = "experts choose, and their loads are equal; with choice: expert the only value is"
-        if self.balance.load_balance:
-            yield "balance.load_balance", f"{least} 0"
-        for name in ("correction", "normalize"):
-            if getattr(self.router, name):
-                yield f"router.{name}", f"scores are not compared over experts; {least.split('; ')[1]} false"
-        if self.router.groups > 1:
-            yield "router.groups", f"tokens do not choose; {least.split('; ')[1]} 1"
-        if self.zero_experts is not None:
-            yield "zero_experts", f"they cannot choose; {least.split('; ')[1]} null"
+        unused = [
+            ("balance.load_balance", self.balance.load_balance, "loads are equal", 0),
+            ("router.correction", self.router.correction, "loads are equal", "false"),
+            ("router.normalize", self.router.normalize, "a token may have no expert", "false"),
+            ("router.groups", self.router.groups > 1, "tokens do not choose", 1),
+            ("zero_experts", self.zero_experts, "they take as many tokens as the others", "null"),
+        ]
+        for key, given, why, valid in unused:
+            if given:
+                yield key, f"with choice: expert, {why}; the only value is {valid}"
         factor = self.dispatch.capacity_factor or 1.0
         if factor * self.top_k > self.experts:
             most = self.experts / self.top_k
@@ -113,9 +115,13 @@ class MoESpec(FFNSpec):
                 f"top_k={self.top_k} of {self.experts} experts",
             )
 
+    def decode_faults(self) -> Iterator[tuple[str, str]]:
+        if self.choice == "expert":
+            yield "choice", "with 'expert', what a token gets depends on tokens still to be generated; valid: 'token'"
+
     def resolved(self, width: int) -> "MoESpec":
         shared = self.shared and self.shared.resolved(width)
-        return self.model_copy(update={"expert": self.expert.resolved(width), "shared": shared})
+        return self.model_copy(update={"expert": self.expert.resolved(self.latent or width), "shared": shared})
 
     def build(self, width: int, init: Initialization) -> nnx.Module:
         return MoE(self, width, init)
@@ -133,22 +139,28 @@ class MoESpec(FFNSpec):
         Dropless tokens are supposed to go to experts that compute as often as `load` says.
         """
         factor = self.dispatch.capacity_factor or 1.0
-        experts = factor * self.top_k * self.load * self.experts * self.expert.flops_per_token(width)
+        each = self.expert.flops_per_token(self.latent or width)
+        experts = factor * self.top_k * self.load * self.experts * each
         shared = self.shared.flops_per_token(width) if self.shared else 0.0
         columns = (0 if self.router.pregated else self.routed) + self.shared_gate
         columns += 3 * self.zero_experts.constants if self.zero_experts else 0
+        columns += 2 * (self.latent or 0)
         return experts + shared + 2.0 * width * columns
 
 
 class MoE(nnx.Module):
     def __init__(self, spec: MoESpec, width: int, init: Initialization):
-        zero = spec.zero_experts
+        zero, inner = spec.zero_experts, spec.latent or width
+        embed, latent = {"embed": width}, {"latent": inner}
         self.spec = spec
         self.router = Router(spec.router, width, spec.routed, init)
-        self.experts = spec.expert.build(width, init, spec.experts)
-        self.zero_experts = ZeroExperts(zero, width, init) if zero else None
+        self.experts = spec.expert.build(inner, init, spec.experts)
+        self.zero_experts = ZeroExperts(zero, inner, init) if zero else None
+        bias = spec.latent_bias
+        self.latent_down = Linear(embed, latent, init=init, bias=bias) if spec.latent else None
+        self.latent_up = Linear(latent, embed, init=init, bias=bias, residual=True) if spec.latent else None
         self.shared = spec.shared and spec.shared.build(width, init)
-        self.shared_gate = Linear({"embed": width}, {"gate": 1}, init=init) if spec.shared_gate else None
+        self.shared_gate = Linear(embed, {"gate": 1}, init=init) if spec.shared_gate else None
 
     def __call__(self, x: jax.Array, context: Context) -> tuple[jax.Array, Auxiliary]:
         """`x [batch, time, width]` → the same shape and dtype, and what routing cost and was seen to do.
@@ -160,7 +172,10 @@ class MoE(nnx.Module):
         logits = self.router(x, context)
         scores = self.router.scores(logits)
         route = self._tokens_choose if self.spec.choice == "token" else self._experts_choose
-        y, routes, weights, dropped = route(x, scores, context)
+        inner = x if self.latent_down is None else self.latent_down(x)
+        y, routes, weights, dropped = route(inner, scores, context)
+        if self.latent_up is not None:
+            y = self.latent_up(y.astype(x.dtype)).astype(jnp.float32)
         if self.shared is not None:
             y = y + self._shared(x, context)
         y = jnp.where((context.segment_ids != 0)[..., None], y, 0.0).astype(x.dtype)
@@ -234,8 +249,8 @@ class MoE(nnx.Module):
             taken = balance.selected(routes, self.spec.routed)
             weights = self.zero_experts and self.zero_experts.spec.weights(self.spec.experts)
             losses["load_balance"] = spec.load_balance * balance.load_balance(spec, scores, taken, context, weights)
-        if spec.z_loss:
-            losses["router_z"] = spec.z_loss * balance.z_loss(logits, context)
+        if spec.router_z:
+            losses["router_z"] = spec.router_z * balance.router_z(logits, context)
         return losses
 
     def _observed(

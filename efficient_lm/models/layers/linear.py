@@ -11,7 +11,6 @@ from jax.ad_checkpoint import checkpoint_name
 from efficient_lm.models.layers.groups import Groups, spread
 from efficient_lm.models.parameters import ZEROS, Initialization, parameter
 
-
 GROUPED = "grouped_product"
 """Name for rematerialisation of products of rows with their group's weights, which are no plain matrix products."""
 
@@ -79,7 +78,7 @@ class Linear(nnx.Module):
         return y if self.bias is None else y + spread(self.bias[...], groups, len(rows)).astype(x.dtype)
 
     def product(self, rows: jax.Array, weight: jax.Array, groups: Groups | None) -> jax.Array:
-        """`rows [rows, in]` times `weight [*inputs, *outputs]`, or that of their group → ``[rows, out]``, same dtype."""
+        """`rows [rows, in]` times `weight [*inputs, *outputs]`, or their group's → ``[rows, out]``, same dtype."""
         if groups is None:
             return matmul(rows, weight.astype(rows.dtype).reshape(rows.shape[1], -1))
         matrices = weight.reshape(weight.shape[0], rows.shape[1], -1)

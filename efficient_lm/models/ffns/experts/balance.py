@@ -22,14 +22,14 @@ class BalanceSpec(Spec):
         over: tokens over which f and p are taken: all of a (micro-)batch, whatever the number of devices (``batch``);
             each of N groups of consecutive rows, as N devices would without exchange (a number, no more than rows); or
             each document (``sequence``). Several such losses are averaged by tokens.
-        z_loss: weight of the mean squared logsumexp of the router's outputs (Zoph et al. 2022, ST-MoE, eq. 5).
+        router_z: weight of the mean squared logsumexp of the router's outputs (Zoph et al. 2022, ST-MoE, eq. 5).
         correction_rate: what a step adds to the correction of an expert with less than the mean load, and takes from
             one with more (Wang et al. 2024, arXiv 2408.15664, algorithm 1); needs ``router.correction``.
     """
 
     load_balance: Real = 0.01
     over: Literal["batch", "sequence"] | Count = "batch"
-    z_loss: Real = 0.0
+    router_z: Real = 0.0
     correction_rate: Real = 0.0
 
 
@@ -71,7 +71,7 @@ def _sums(over: str | int, values: jax.Array, context: Context) -> jax.Array:
     return jax.ops.segment_sum(rows, jnp.arange(batch) * parts // batch, parts)
 
 
-def z_loss(logits: jax.Array, context: Context) -> jax.Array:
+def router_z(logits: jax.Array, context: Context) -> jax.Array:
     """Mean over tokens of the squared logsumexp of `logits [batch, time, experts]`."""
     return mean(jnp.square(jax.nn.logsumexp(logits, axis=-1)), context)
 

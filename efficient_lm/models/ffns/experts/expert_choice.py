@@ -1,7 +1,8 @@
 """Experts choose tokens (Zhou et al. 2022, "Mixture-of-Experts with Expert Choice Routing", section 3.2).
 
 Each takes those that score highest with it, so that loads are equal and a token has as many experts as choose it,
-perhaps none. Which tokens an expert takes depends on later tokens of the row: a model so trained has no decode.
+perhaps none. Which tokens an expert takes depends on later tokens, in training and evaluation too: what a model so
+trained makes of a row is not what it could make of the row's beginning, and it has no decode.
 """
 
 from typing import NamedTuple

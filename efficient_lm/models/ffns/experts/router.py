@@ -55,12 +55,9 @@ class RouterSpec(Spec):
         if self.top_groups > self.groups:
             yield "top_groups", f"{self.top_groups}, but there are {self.groups} groups; at most {self.groups}"
         elif top_k > self.top_groups * size:
-            least = -(-top_k // size)
-            held = f"{self.top_groups} groups of {size} experts hold fewer than top_k={top_k}"
-            yield (
-                "top_groups",
-                f"{held}; " + (f"at least {least}" if least <= self.groups else "fewer groups are needed"),
-            )
+            least, held = -(-top_k // size), f"{self.top_groups} groups of {size} experts"
+            valid = f"at least {least}" if least <= self.groups else "take fewer groups"
+            yield "top_groups", f"{held} hold fewer than top_k={top_k}; {valid}"
         if self.groups > 1 and size < 2 and self.group_score == "best_two":
             yield "group_score", "groups of one expert have no second best; take 'best'"
         if self.pregated and self.bias:
