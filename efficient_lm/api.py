@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from efficient_lm.composition import compose
-from efficient_lm.config import RunConfig, read_config, save_config
+from efficient_lm.config import RunConfig, Skipping, read_config, save_config
 from efficient_lm.data.base import DataSpec
 from efficient_lm.data.sources import FilesSource
 from efficient_lm.data.store import open_store
@@ -25,8 +25,10 @@ from efficient_lm.inference.decoding import Decoder
 from efficient_lm.inference.sampling import SamplingSpec
 from efficient_lm.interop.hugging_face import Origin, check_free, write_folder
 from efficient_lm.interop.sources import Published, is_published, open_published
+from efficient_lm.models.computed import computed
 from efficient_lm.models.context import Context
 from efficient_lm.models.parameters import Parameters
+from efficient_lm.models.skipping.base import SkippingSpec
 from efficient_lm.objectives.base import ObjectiveSpec
 from efficient_lm.training.checkpoints import Checkpoints, load_parameters
 from efficient_lm.training.run_directory import RunDirectory, locate
@@ -49,13 +51,21 @@ class Model:
         tokenizer: text ↔ ids.
         step: training step of the parameters.
         origin: what the published model said of itself that this one comes from; None if it comes from none.
+        skipping: which layers each token runs when the model is used; None runs all.
     """
 
     def __init__(
-        self, config: RunConfig, params: Parameters, tokenizer: Tokenizer, step: int = 0, origin: Origin | None = None
+        self,
+        config: RunConfig,
+        params: Parameters,
+        tokenizer: Tokenizer,
+        step: int = 0,
+        origin: Origin | None = None,
+        skipping: SkippingSpec | None = None,
     ):
         self.config, self.params, self.tokenizer, self.step, self.origin = config, params, tokenizer, step, origin
         self.model: LanguageModel = config.model.build()
+        self.skipping = skipping
         self.dtype = config.precision.dtype
 
     @property
@@ -63,14 +73,31 @@ class Model:
         """Whether texts begin with the tokenizer's begin token: always in training here, elsewhere if it adds one."""
         return self.origin is None or self.tokenizer.adds_begin
 
+    def skip(self, kind: str | SkippingSpec | None, **options: Any) -> "Model":
+        """The same model, running fewer layers: what it then generates, scores and says is under this policy.
+
+        Args:
+            kind: of the policy, with its attributes as `options`: ``model.skip("uniform", layers=4)``; or the whole
+                policy; None runs every layer.
+
+        Raises:
+            ConfigError: no such policy, or one that cannot work with the model.
+        """
+        if isinstance(kind, str):
+            kind = validate(Skipping, {"skipping": {"kind": kind, **options}}).skipping
+        if kind is not None:
+            kind.check(self.model)
+        return Model(self.config, self.params, self.tokenizer, self.step, self.origin, kind)
+
     @cached_property
     def decoder(self) -> Decoder:
-        """The cached decoder; its compiled programs live as long as this model."""
-        return Decoder(self.model, self.params, self.dtype)
+        """The cached decoder; its compiled programs live as long as this model, and its `report` says what it ran."""
+        return Decoder(self.model, self.params, self.dtype, self.skipping)
 
     @cached_property
     def _logits(self) -> Any:
-        return jax.jit(lambda params, tokens: self.model.logits(params, tokens, dtype=self.dtype))
+        options = {"dtype": self.dtype, "skipping": self.skipping}
+        return jax.jit(lambda params, tokens: self.model.logits(params, tokens, **options))
 
     def logits(self, tokens: np.ndarray | jax.Array) -> jax.Array:
         """float32 ``[batch, time, vocab]`` for int ids `[batch, time]`, each row one whole document."""
@@ -151,7 +178,7 @@ class Model:
 
     @cached_property
     def _scorer(self) -> Any:
-        return make_scorer(self.model, self.dtype)
+        return make_scorer(self.model, self.dtype, self.skipping)
 
     def evaluate(
         self,
@@ -166,7 +193,7 @@ class Model:
         """Score held-out text, or the answers to a synthetic task.
 
         See `efficient_lm.evaluation.text.evaluate_documents` and `efficient_lm.evaluation.answers.evaluate_answers` for
-        what comes back.
+        what comes back. Where tokens may pass by layers, `computed` stands for `ran` (see `Computed.figures`).
 
         Args:
             data: data whose validation part is scored, or paths of text files; None takes what the run was trained on.
@@ -187,9 +214,10 @@ class Model:
                 raise ConfigError("stride, begin: are for windows of text; the rows of a task are read whole")
             lengths = [length] if isinstance(length, int) else length
             seed = self.config.run.seed
-            return evaluate_answers(
+            found = evaluate_answers(
                 self._scorer, self.model, self.params, data, self.tokenizer, seed, lengths, limit, batch_size
             )
+            return found | {"lengths": [self._with_computed(row, row["length"]) for row in found["lengths"]]}
         if not isinstance(length, int):
             raise ConfigError(f"sequence_length: {len(length)} values are for a synthetic task; text takes one")
         spec = validate(WindowSpec, {"sequence_length": length, "stride": stride, "begin": begin, "limit": limit})
@@ -200,7 +228,16 @@ class Model:
         else:
             store = open_store(FilesSource(paths=tuple(data), any_extension=True), self.tokenizer)
             documents = np.arange(len(store))
-        return evaluate_documents(self._scorer, self.params, store, documents, spec, batch_size)
+        scores = evaluate_documents(self._scorer, self.params, store, documents, spec, batch_size)
+        return self._with_computed(scores, length)
+
+    def _with_computed(self, scores: dict[str, Any], length: int) -> dict[str, Any]:
+        """Scores of windows of so many tokens, with what was computed in place of what ran."""
+        ran = scores.pop("ran", None)
+        if ran is None:
+            return scores
+        found = computed(self.model, self.skipping, ran["halves"], ran["tokens"], length)
+        return scores | {"computed": found.figures()}
 
     def diagnose(
         self, data: DataSpec | None = None, sequence_length: int | None = None, rows: int = ROWS
@@ -216,17 +253,58 @@ class Model:
             For each layer the kind of its `mixer` (None without one), and what
             `efficient_lm.evaluation.diagnostics.Diagnostics.measure` finds, as lists.
         """
+        batch = self._validation_rows(data, sequence_length, rows)
+        found = Diagnostics(self.model, self.dtype).measure_batch(self.params, batch)
+        return [
+            {"mixer": kind, **{name: values.tolist() for name, values in figures.items()}}
+            for kind, figures in zip(self._mixers(), found, strict=True)
+        ]
+
+    def decided(self, selection: str) -> "Model":
+        """The same model, its depth rules choosing tokens of a row by comparing them, ``top_k``, or ``causal``, as when
+        decoding. Raises `ConfigError` if it has no such rule."""
+        config = self.config.model_copy(update={"model": self.config.model.decided(selection)})
+        return Model(config, self.params, self.tokenizer, self.step, self.origin)
+
+    def depth_decisions(
+        self, data: DataSpec | None = None, sequence_length: int | None = None, rows: int = decisions.ROWS
+    ) -> list[dict[str, Any]]:
+        """How well single tokens decide to run what a comparison of the row would have them run, by layer.
+
+        Arguments as of `diagnose`; see `efficient_lm.evaluation.decisions.decisions` for what comes back.
+        """
+        batch = self._validation_rows(data, sequence_length, rows)
+        return decisions.decisions(self.model, self.params, batch, self.dtype)
+
+    def attention_rank(
+        self, data: DataSpec | None = None, sequence_length: int | None = None, rows: int = attention_rank.ROWS
+    ) -> list[dict[str, Any]]:
+        """The rank of attention maps of each layer (see `efficient_lm.evaluation.attention_rank`).
+
+        Arguments as of `diagnose`.
+
+        Returns:
+            For each layer the kind of its `mixer` (None without one), `ranks`, the mean rank of each head's maps over
+            rows, and `rank`, the mean of those; both None for a mixer without attention weights.
+        """
+        batch = self._validation_rows(data, sequence_length, rows)
+        found = attention_rank.attention_ranks(self.model, self.params, batch, self.dtype)
+        return [
+            {"mixer": kind, "ranks": None if ranks is None else ranks.tolist(),
+             "rank": None if ranks is None else float(ranks.mean())}
+            for kind, ranks in zip(self._mixers(), found, strict=True)
+        ]  # fmt: skip
+
+    def _mixers(self) -> list[str | None]:
+        return [layer.mixer and layer.mixer.kind for layer in self.model.layers]
+
+    def _validation_rows(self, data: DataSpec | None, sequence_length: int | None, rows: int) -> dict[str, np.ndarray]:
+        """At most so many validation rows, of the run's own data for None."""
         data = self.config.data if data is None else data
         length = sequence_length or data.row_length or self.config.train.sequence_length
         self.model.check_length(length, "sequence_length")
         opened = data.open(self.tokenizer, length, self.config.run.seed)
-        batch = next(opened.validation_batches(rows, limit_rows=rows))
-        found = Diagnostics(self.model, self.dtype).measure_batch(self.params, batch)
-        kinds = [layer.mixer and layer.mixer.kind for layer in self.model.layers]
-        return [
-            {"mixer": kind, **{name: values.tolist() for name, values in figures.items()}}
-            for kind, figures in zip(kinds, found, strict=True)
-        ]
+        return next(opened.validation_batches(rows, limit_rows=rows))
 
     def save(self, path: str | Path) -> Path:
         """Write a run directory: config, tokenizer, parameters. Raises `CheckpointError` if something is there."""

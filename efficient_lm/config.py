@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 import efficient_lm.data.dataset  # noqa: F401  (the kind `text` registers itself)
 import efficient_lm.data.synthetic  # noqa: F401  (every kind of the folder registers itself)
+import efficient_lm.models.skipping  # noqa: F401  (every kind of the folder registers itself)
 import efficient_lm.objectives  # noqa: F401  (every kind of the folder registers itself)
 from efficient_lm.composition import compose, read_yaml, to_yaml
 from efficient_lm.data.base import AnyData
@@ -18,6 +19,7 @@ from efficient_lm.models.depth.base import DepthSpec
 from efficient_lm.models.ffns.base import FFNSpec
 from efficient_lm.models.language_model import ModelSpec
 from efficient_lm.models.mixers.base import MixerSpec
+from efficient_lm.models.skipping.base import SkippingSpec
 from efficient_lm.objectives.base import ObjectiveSpec
 from efficient_lm.spec import Count, Fraction, Listing, Natural, OneOf, Positive, Real, Spec, load_plugins
 from efficient_lm.training.optimizers import OptimizerSpec
@@ -142,7 +144,17 @@ class RunConfig(Spec):
         return self if given is not None else self.model_copy(update={"train": train})
 
 
-class EvaluateConfig(Spec):
+class Skipping(Spec):
+    """What uses a model.
+
+    Attributes:
+        skipping: which layers each token runs; None runs all.
+    """
+
+    skipping: OneOf[SkippingSpec] | None = None
+
+
+class EvaluateConfig(Skipping):
     """An evaluation.
 
     Attributes:
@@ -186,7 +198,7 @@ class EvaluateConfig(Spec):
         return self
 
 
-class GenerateConfig(Spec):
+class GenerateConfig(Skipping):
     """A generation.
 
     Attributes:

@@ -25,7 +25,10 @@ Main keys
   limit=             at most so many windows or rows, and so many examples of each task
   tasks=             of lm-eval: names, YAML files or folders; without text and data, they alone are run
   fewshot=           worked examples before each question
+  skipping=          which layers a token runs: uniform, confidence, ...; what it computed is among the figures
   diagnostics=true   recurrent states, decay and the entropy of attention by layer, on a few rows of data
+  selection=         of depth rules that choose tokens of a row: top_k, causal as when decoding, or both
+  attention_rank=true   the rank of attention maps by layer, on 50 rows of data
   batch_size=        windows or requests at a time; by default what suits the device
   output=            a JSON file for the results
 
@@ -33,6 +36,7 @@ Examples
   efficient-lm evaluate checkpoint=runs/quickstart
   efficient-lm evaluate checkpoint=runs/quickstart text=[speech.txt,letters.jsonl.gz] stride=64 output=scores.json
   efficient-lm evaluate checkpoint=runs/recall sequence_length=[64,256,1024] data.pairs=16
+  efficient-lm evaluate checkpoint=runs/quickstart skipping=uniform skipping.layers=4
   efficient-lm evaluate checkpoint=smollm2/ tasks=[arc_easy,tasks/mine.yaml] limit=200
 """
 
@@ -55,7 +59,7 @@ def run(overrides: Sequence[str], options: Options) -> None:
     from efficient_lm.api import load
     from efficient_lm.training.reporting import write_json_atomically
 
-    model = load(config.checkpoint)
+    model = load(config.checkpoint).skip(config.skipping)
     if changes:
         config = config.model_copy(update={"data": model.config.data.changed(changes)})
     results = evaluate(model, config)
@@ -66,24 +70,31 @@ def run(overrides: Sequence[str], options: Options) -> None:
 
 def evaluate(model: "Model", config: "EvaluateConfig") -> dict[str, Any]:
     """Evaluate, print tables, and return what `output` keeps."""
-    from efficient_lm.evaluation.report import answers_report, diagnostics_report, task_report, text_report
+    from efficient_lm.evaluation import report
 
+    if config.selection is not None:
+        model = model.decided("top_k" if config.selection == "both" else config.selection)
     results: dict[str, Any] = {"checkpoint": config.checkpoint, "step": model.step}
     results |= {"text": None, "answers": None, "tasks": None}
+    if model.skipping is not None:
+        results["skipping"] = model.skipping.dump()
     print(f"{config.checkpoint}, step {model.step}")
+    last = config.sequence_length[-1] if isinstance(config.sequence_length, tuple) else config.sequence_length
     if config.tasks is None or config.text is not None or config.data is not None:
-        paths = (config.text,) if isinstance(config.text, str) else config.text
-        scores = model.evaluate(
-            paths or config.data, config.sequence_length, config.batch_size,
-            stride=config.stride, begin=config.begin, limit=config.limit,
-        )  # fmt: skip
-        reads_text = paths is not None or (config.data or model.config.data).reads_text
-        results["text" if reads_text else "answers"] = scores
-        print((text_report if reads_text else answers_report)(scores))
+        part, scores = _scores(model, config)
+        results[part] = scores
+        print(report.SCORES[part](scores))
+        if config.selection == "both":
+            _, causal = _scores(model.decided("causal"), config)
+            results["causal"] = {part: causal, "layers": model.depth_decisions(config.data, last)}
+            print(report.decisions_report(results["causal"]["layers"]))
+            print(report.SCORES[part](causal))
     if config.diagnostics:
-        lengths = config.sequence_length if isinstance(config.sequence_length, tuple) else (config.sequence_length,)
-        results["diagnostics"] = model.diagnose(config.data, lengths[-1])
-        print(diagnostics_report(results["diagnostics"]))
+        results["diagnostics"] = model.diagnose(config.data, last)
+        print(report.diagnostics_report(results["diagnostics"]))
+    if config.attention_rank:
+        results["attention_rank"] = model.attention_rank(config.data, last)
+        print(report.attention_rank_report(results["attention_rank"]))
     if config.tasks is not None:
         from efficient_lm.evaluation.lm_eval import run_tasks
 
@@ -94,6 +105,17 @@ def evaluate(model: "Model", config: "EvaluateConfig") -> dict[str, Any]:
         )  # fmt: skip
         print(task_report(results["tasks"]))
     return results
+
+
+def _scores(model: "Model", config: "EvaluateConfig") -> tuple[str, dict[str, Any]]:
+    """Whether text or answers are scored, and what `Model.evaluate` says of them."""
+    paths = (config.text,) if isinstance(config.text, str) else config.text
+    scores = model.evaluate(
+        paths or config.data, config.sequence_length, config.batch_size,
+        stride=config.stride, begin=config.begin, limit=config.limit,
+    )  # fmt: skip
+    reads_text = paths is not None or (config.data or model.config.data).reads_text
+    return "text" if reads_text else "answers", scores
 
 
 def _changes(values: dict[str, Any]) -> dict[str, Any]:

@@ -1,10 +1,17 @@
 """The verb `generate`."""
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from efficient_lm.cli.main import Options
 from efficient_lm.errors import DataError
+
+if TYPE_CHECKING:
+    from efficient_lm.api import Model
+
+log = logging.getLogger(__name__)
 
 ROOT = "generate"
 SUMMARY = "Writes text with a model."
@@ -18,11 +25,13 @@ Main keys
   top_k= top_p= min_p=   restrict what is sampled
   seed=              of the sampling
   stop_at_end=       whether the end-of-text token ends a text
+  skipping=          which layers a token runs: uniform, confidence, ...; what that saved is said at the end
   special_tokens=    whether <|im_start|> and the like in the prompt stand for those tokens
 
 Examples
   efficient-lm generate checkpoint=runs/quickstart prompt='My fellow citizens, the state of'
   efficient-lm generate checkpoint=runs/quickstart prompt="['In peace','In war']" temperature=0
+  efficient-lm generate checkpoint=runs/quickstart prompt='In war' skipping=uniform skipping.layers=4
 """
 
 
@@ -38,12 +47,13 @@ def run(overrides: Sequence[str], flags: Options) -> None:
     from efficient_lm.api import load
     from efficient_lm.inference.sampling import SamplingSpec
 
-    model = load(config.checkpoint)
+    model = load(config.checkpoint).skip(config.skipping)
     sampling = SamplingSpec(**{name: getattr(config, name) for name in SamplingSpec.model_fields})
     options = (config.max_new_tokens, sampling, config.seed, config.stop_at_end, config.special_tokens)
     if len(prompts) > 1:
         texts = model.generate(prompts, *options)
         print("\n\n".join(prompt + text for prompt, text in zip(prompts, texts, strict=True)))
+        _report(model)
         return
     # Before anything is printed: it says so if there is no tokenizer.
     model.tokenizer.encode("")
@@ -51,6 +61,13 @@ def run(overrides: Sequence[str], flags: Options) -> None:
     for piece in model.stream_text(prompts[0], *options):
         print(piece, end="", flush=True)
     print()
+    _report(model)
+
+
+def _report(model: "Model") -> None:
+    """What was computed, where that is not everything."""
+    if model.decoder.report is not None:
+        log.info("%s", model.decoder.report)
 
 
 def _prompts(prompt: str | Sequence[str], path: str | None) -> list[str]:

@@ -36,7 +36,8 @@ def evaluate_answers(
 
     Returns:
         `data`: the task, and `lengths`: of each `length` its `loss` (nats per answer), `accuracy` (answers that are
-        right), `sequence_accuracy` (rows of which all are), `answers` and `rows`, their numbers.
+        right), `sequence_accuracy` (rows of which all are), `answers` and `rows`, their numbers, and `ran` where
+        `evaluate` has it.
 
     Raises:
         ConfigError: a task that the model has no tokens or positions for, or that does not fit a length.
@@ -52,5 +53,6 @@ def evaluate_answers(
         size = max(1, min(most, tokens // length, limit or most, data.validation_examples))
         scores = evaluate(scorer, params, task.validation_batches(size, limit))
         figures = {name: scores[name] for name in FIGURES}
-        rows.append({"length": length, **figures, "answers": scores["tokens"], "rows": scores["rows"]})
+        ran = {"ran": scores["ran"]} if "ran" in scores else {}
+        rows.append({"length": length, **figures, "answers": scores["tokens"], "rows": scores["rows"], **ran})
     return {"data": data.dump(), "lengths": rows}

@@ -11,13 +11,14 @@ import numpy as np
 from efficient_lm.evaluation.token_losses import token_losses
 from efficient_lm.models.language_model import LanguageModel
 from efficient_lm.models.parameters import Parameters
+from efficient_lm.models.skipping.base import SkippingSpec
 
 Batches = Iterable[dict[str, np.ndarray]]
 Sums = tuple[np.ndarray, ...]
 
 
 def make_scorer(
-    model: LanguageModel, dtype: jax.typing.DTypeLike = jnp.float32
+    model: LanguageModel, dtype: jax.typing.DTypeLike = jnp.float32, skipping: SkippingSpec | None = None
 ) -> Callable[[Parameters, dict[str, Any]], tuple[jax.Array, ...]]:
     """A jitted ``(params, batch) -> sums``: cross entropy in nats, targets, targets that were the likeliest; and rows
     with a target, rows whose targets all were the likeliest.
@@ -25,10 +26,13 @@ def make_scorer(
     The first three are float32 ``[time]``, by the target's position in its window; the others float32 ``[1]``. Weighted
     targets alone count. With `chosen` (see `token_losses`), `targets`, `weights` and `target_positions` are those of
     the chosen places, and no rows are counted.
+
+    Where tokens may pass by layers, under the policy `skipping` or a depth rule, the last of the sums are tokens that
+    ran each layer's mixer, then each one's ffn, and all tokens: float32 ``[2 layers + 1]``.
     """
 
     def score(params: Parameters, batch: dict[str, Any]) -> tuple[jax.Array, ...]:
-        weights, scores = batch["weights"], token_losses(model, params, batch, dtype)
+        weights, scores = batch["weights"], token_losses(model, params, batch, dtype, skipping)
         counted = weights > 0
         positions = batch.get("target_positions", batch["positions"])
         zeros = jnp.zeros(batch["tokens"].shape[1], jnp.float32)
@@ -36,7 +40,11 @@ def make_scorer(
         rows = jnp.any(counted, axis=-1, keepdims=True) & jnp.array("chosen" not in batch)
         solved = rows & jnp.all(scores.likeliest | ~counted, axis=-1, keepdims=True)
         sums = tuple(zeros.at[positions].add(values) for values in by_position)
-        return *sums, *(jnp.sum(values, dtype=jnp.float32)[None] for values in (rows, solved))
+        sums = (*sums, *(jnp.sum(values, dtype=jnp.float32)[None] for values in (rows, solved)))
+        if scores.ran is None:
+            return sums
+        tokens = jnp.sum(batch["segment_ids"] != 0, dtype=jnp.float32)
+        return *sums, jnp.append(scores.ran.reshape(-1), tokens)
 
     return jax.jit(score)
 
@@ -55,16 +63,19 @@ def evaluate(
         `loss` (nats per token), `perplexity` per token, `bits_per_byte`, `accuracy` (targets that were the likeliest),
         `sequence_accuracy` (rows of which all were), `tokens` and `bytes` of what has a weight, `rows` with any; and
         `loss_by_context`: a list of the mean loss of tokens by how many tokens the model had read in their window
-        when it predicted them, in buckets of powers of two (`first`, `last`, `tokens`, `loss`).
+        when it predicted them, in buckets of powers of two (`first`, `last`, `tokens`, `loss`). Where tokens may pass
+        by layers also `ran`: the tokens that were read, `tokens`, and how many ran the mixer and the ffn of each layer,
+        `halves`, float64 ``[2, layers]``.
     """
-    totals: Sums = (np.zeros(0),) * 5
+    totals: Sums | None = None
     size = 0.0
 
     def add(sums: tuple[jax.Array, ...] | None) -> None:
         nonlocal totals
         if sums is not None:
             # float64 on the host: a sum over millions of tokens keeps its digits.
-            totals = tuple(_longer(total, np.asarray(part)) for total, part in zip(totals, sums, strict=True))
+            before = totals or (np.zeros(0),) * len(sums)
+            totals = tuple(_longer(total, np.asarray(part)) for total, part in zip(before, sums, strict=True))
 
     waiting = None
     for batch in batches:
@@ -74,8 +85,8 @@ def evaluate(
         add(waiting)
         waiting = sums
     add(waiting)
-    nats, tokens, *_ = totals
-    _, count, right, rows, solved = (float(total.sum()) for total in totals)
+    nats, tokens, right, rows, solved, *ran = totals or (np.zeros(0),) * 5
+    count, right, rows, solved = (float(total.sum()) for total in (tokens, right, rows, solved))
     loss = nats.sum() / max(count, 1)
     return {
         "loss": float(loss),
@@ -87,7 +98,7 @@ def evaluate(
         "bytes": int(round(size)),
         "rows": int(rows),
         "loss_by_context": list(_by_context(nats, tokens)),
-    }
+    } | ({"ran": {"tokens": int(ran[0][-1]), "halves": ran[0][:-1].reshape(2, -1)}} if ran else {})
 
 
 def _longer(total: np.ndarray, part: np.ndarray) -> np.ndarray:

@@ -56,7 +56,7 @@ class LanguageModelHarness(TemplateLM):
         model.model.check_length(self.max_length, "sequence_length")
         self.model, self.batch_size, self.seed = model, batch_size, seed
         limits = batch_limits(batch_size, self.max_length)
-        self.scorer = RequestScorer(model.model, model.params, model.dtype, self.max_length, *limits)
+        self.scorer = RequestScorer(model.model, model.params, model.dtype, self.max_length, *limits, model.skipping)
 
     @property
     def eot_token_id(self) -> int:

@@ -17,7 +17,8 @@ def text_report(scores: dict[str, Any]) -> str:
          f"{row['loss']:.4f}", f"{row['tokens']:,}")
         for row in scores["loss_by_context"]
     ]  # fmt: skip
-    return "\n".join([*lines, "", *_table(("tokens read", "loss", "tokens"), curve)])
+    lines += _computed(scores)
+    return "\n".join([*lines, "", *table(("tokens read", "loss", "tokens"), curve)])
 
 
 def answers_report(scores: dict[str, Any]) -> str:
@@ -30,7 +31,19 @@ def answers_report(scores: dict[str, Any]) -> str:
         for row in scores["lengths"]
     ]  # fmt: skip
     head = ("length", "accuracy", "whole rows", "loss", "answers", "rows")
-    return "\n".join([*textwrap.wrap(f"{data['kind']}: {options}", WIDTH), *_table(head, rows, left=0)])
+    more = [line for row in scores["lengths"] for line in _computed(row)]
+    return "\n".join([*textwrap.wrap(f"{data['kind']}: {options}", WIDTH), *table(head, rows, left=0), *more])
+
+
+def _computed(scores: dict[str, Any]) -> list[str]:
+    """What was computed under a policy or depth rule, if that is not everything."""
+    if "computed" not in scores:
+        return []
+    found = scores["computed"]
+    return [
+        f"  per token      {found['mixers_per_token']:.2f} mixers and {found['ffns_per_token']:.2f} ffns of "
+        f"{len(found['mixer_shares'])} layers, {100 * found['flops_share']:.1f} % of the FLOPs of the whole model"
+    ]
 
 
 def diagnostics_report(layers: Sequence[dict[str, Any]]) -> str:

@@ -11,6 +11,7 @@ from efficient_lm.evaluation.buckets import Group, count_bucket, group_by_length
 from efficient_lm.evaluation.token_losses import TokenLosses, token_losses
 from efficient_lm.models.language_model import LanguageModel
 from efficient_lm.models.parameters import Parameters
+from efficient_lm.models.skipping.base import SkippingSpec
 
 
 class Request(NamedTuple):
@@ -42,6 +43,7 @@ class RequestScorer:
 
     Args:
         longest: tokens that the model reads at most; longer contexts lose their beginning.
+        skipping: which layers each token runs; None runs all.
         tokens, most_rows: a batch has at most so many tokens, unless it is one row, and rows.
     """
 
@@ -53,9 +55,12 @@ class RequestScorer:
         longest: int,
         tokens: int,
         most_rows: int,
+        skipping: SkippingSpec | None = None,
     ):
         self._params, self._longest, self._tokens, self._most_rows = params, longest, tokens, most_rows
-        self._scores = jax.jit(lambda params, batch: token_losses(model, params, batch, dtype))
+        self._scores = jax.jit(
+            lambda params, batch: token_losses(model, params, batch, dtype, skipping)._replace(ran=None)
+        )
 
     @property
     def compiled(self) -> int:

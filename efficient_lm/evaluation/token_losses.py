@@ -6,6 +6,7 @@ cache. Training's `kernels_pallas.linear_cross_entropy` returns sums, and its gr
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 
 from efficient_lm.models.language_model import LanguageModel
 from efficient_lm.models.parameters import Parameters
+from efficient_lm.models.skipping.base import SkippingSpec
 from efficient_lm.objectives.base import context_of
 
 CPU_BLOCK = 2048, 2048
@@ -25,14 +27,23 @@ Logits = Callable[[jax.Array, jax.Array | int, int], jax.Array]
 
 
 class TokenLosses(NamedTuple):
-    """Of every target: its cross entropy in nats, float32, and whether no logit is larger than its own."""
+    """Of every target: its cross entropy in nats, float32, and whether no logit is larger than its own.
+
+    Attributes:
+        ran: tokens that ran the mixer, and the ffn, of each layer, float32 ``[2, layers]``; None where all did.
+    """
 
     losses: jax.Array
     likeliest: jax.Array
+    ran: jax.Array | None = None
 
 
 def token_losses(
-    model: LanguageModel, params: Parameters, batch: dict[str, Any], dtype: jax.typing.DTypeLike
+    model: LanguageModel,
+    params: Parameters,
+    batch: dict[str, Any],
+    dtype: jax.typing.DTypeLike,
+    skipping: SkippingSpec | None = None,
 ) -> TokenLosses:
     """Score targets where they stand, or where `chosen` says.
 
@@ -41,11 +52,16 @@ def token_losses(
             `chosen` of its shape: int32 ``[count]``, places in the flattened batch, so that the head is computed for
             those alone and a place may have several targets.
         dtype: of the computation; logits are float32.
+        skipping: which layers each token runs; None runs all.
 
     Returns:
         Arrays in the shape of `targets`.
     """
-    hidden, _, _ = model.hidden(params, batch["tokens"], context_of(batch), dtype=dtype)
+    context, ran = replace(context_of(batch), record=model.stack.passes_by), None
+    hidden, _, auxiliary = model.hidden(params, batch["tokens"], context, dtype=dtype, skipping=skipping)
+    if skipping is not None or model.stack.passes_by:
+        halves = model.stack.ran(auxiliary.observed, context.segment_ids != 0)
+        ran = jnp.sum(halves, axis=(2, 3), dtype=jnp.float32)
     hidden, targets = hidden.reshape(-1, hidden.shape[-1]), batch["targets"].reshape(-1)
     if "chosen" in batch:
         hidden = hidden[batch["chosen"]]
@@ -56,7 +72,7 @@ def token_losses(
         return model.logits_from(_entries(model, params, start, size), hidden)
 
     scores = _by_tokens(lambda part: _score(*part, logits, vocabulary, entries), tokens, hidden, targets)
-    return TokenLosses(*(array.reshape(batch["targets"].shape) for array in scores))
+    return TokenLosses(*(array.reshape(batch["targets"].shape) for array in scores[:2]), ran)
 
 
 def _entries(model: LanguageModel, params: Parameters, start: jax.Array | int, size: int) -> Parameters:
@@ -112,4 +128,4 @@ def _by_tokens(score: Any, most: int, hidden: jax.Array, targets: jax.Array) -> 
         return padded.reshape(size, count, *array.shape[1:]).swapaxes(0, 1)
 
     scores = jax.lax.map(score, (split(hidden), split(targets)))
-    return TokenLosses(*(array.swapaxes(0, 1).reshape(-1)[: len(targets)] for array in scores))
+    return TokenLosses(*(array.swapaxes(0, 1).reshape(-1)[: len(targets)] for array in scores[:2]))

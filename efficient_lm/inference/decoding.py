@@ -1,6 +1,7 @@
 """Cached decoding of a batch of prompts of unequal length."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -9,9 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from efficient_lm.inference.sampling import SamplingSpec, sample
+from efficient_lm.models.computed import Computed, computed
 from efficient_lm.models.context import Context
 from efficient_lm.models.language_model import LanguageModel
 from efficient_lm.models.parameters import Parameters
+from efficient_lm.models.skipping.base import SkippingSpec
 from efficient_lm.models.stack import Caches
 
 BUCKET = 64
@@ -23,16 +26,35 @@ class Decoder:
 
     Args:
         dtype: of the computation and of the cache.
+        skipping: which layers each token runs; None runs all.
 
     Raises:
-        ConfigError: a mixer of the model is bidirectional.
+        ConfigError: a mixer of the model is bidirectional, or the policy cannot work with the model.
     """
 
-    def __init__(self, model: LanguageModel, params: Parameters, dtype: jax.typing.DTypeLike = jnp.float32):
-        model.spec.check_causal("are still to be generated")
-        self.model, self.params, self.dtype = model, params, dtype
+    def __init__(
+        self,
+        model: LanguageModel,
+        params: Parameters,
+        dtype: jax.typing.DTypeLike = jnp.float32,
+        skipping: SkippingSpec | None = None,
+    ):
+        model.spec.check_decodes()
+        if skipping is not None:
+            skipping.check(model)
+        self.model, self.params, self.dtype, self.skipping = model, params, dtype, skipping
+        self._counts = skipping is not None or model.stack.passes_by
+        self._ran = _Ran(len(model.layers))
         self._prefill = jax.jit(self._first, static_argnames=("length", "sampling"))
         self._step = jax.jit(self._next, static_argnames="sampling", donate_argnames="caches")
+
+    @property
+    def report(self) -> Computed | None:
+        """What the newest stream has computed so far for the tokens it made and read again; None where it is all.
+
+        The prompt, and what ended rows go on computing, are not among it.
+        """
+        return self._ran.report(self.model, self.skipping) if self._counts else None
 
     def stream(
         self,
@@ -57,8 +79,9 @@ class Decoder:
         tokens, context = _left_padded(prompts, _rounded(longest))
         keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(jnp.arange(len(prompts)))
         length = _rounded(longest + max_new_tokens)
-        token, position, caches = self._prefill(self.params, tokens, context, keys, length=length, sampling=sampling)
-        ended = np.zeros(len(prompts), bool)
+        token, position, caches, _ = self._prefill(self.params, tokens, context, keys, length=length, sampling=sampling)
+        ended, lengths = np.zeros(len(prompts), bool), np.array([len(prompt) for prompt in prompts])
+        self._ran = ran = _Ran(len(self.model.layers))
         for index in range(1, max_new_tokens + 1):
             # The next step is dispatched before this one's token is read, so that the device does not wait for us.
             ahead = index < max_new_tokens
@@ -72,7 +95,9 @@ class Decoder:
             yield chosen
             if following is None or (end is not None and ended.all()):
                 return
-            token, position, caches = following
+            token, position, caches, halves = following
+            if halves is not None:
+                ran.add(np.asarray(halves), ~ended, lengths + index)
 
     def _first(
         self,
@@ -82,7 +107,7 @@ class Decoder:
         keys: jax.Array,
         length: int,
         sampling: SamplingSpec,
-    ) -> tuple[jax.Array, jax.Array, Caches]:
+    ) -> tuple[jax.Array, jax.Array, Caches, jax.Array | None]:
         caches = self.model.init_caches(tokens.shape[0], length, self.dtype)
         return self._choose(params, tokens, context, keys, caches, sampling)
 
@@ -94,7 +119,7 @@ class Decoder:
         keys: jax.Array,
         caches: Caches,
         sampling: SamplingSpec,
-    ) -> tuple[jax.Array, jax.Array, Caches]:
+    ) -> tuple[jax.Array, jax.Array, Caches, jax.Array | None]:
         context = Context(position[:, None], jnp.ones_like(position)[:, None], "decode")
         return self._choose(params, token[:, None], context, keys, caches, sampling)
 
@@ -106,11 +131,34 @@ class Decoder:
         keys: jax.Array,
         caches: Caches,
         sampling: SamplingSpec,
-    ) -> tuple[jax.Array, jax.Array, Caches]:
-        hidden, caches, _ = self.model.hidden(params, tokens, context, caches, dtype=self.dtype)
+    ) -> tuple[jax.Array, jax.Array, Caches, jax.Array | None]:
+        context = replace(context, record=self.model.stack.passes_by)
+        hidden, caches, auxiliary = self.model.hidden(
+            params, tokens, context, caches, dtype=self.dtype, skipping=self.skipping
+        )
         logits = self.model.logits_from(params, hidden[:, -1])
-        position = context.positions[:, -1] + 1
-        return sample(logits, jax.vmap(jax.random.fold_in)(keys, position), sampling), position, caches
+        position, ran = context.positions[:, -1] + 1, None
+        if self._counts:
+            ran = self.model.stack.ran(auxiliary.observed, context.segment_ids != 0)[..., -1]
+        return sample(logits, jax.vmap(jax.random.fold_in)(keys, position), sampling), position, caches, ran
+
+
+class _Ran:
+    """Which halves of which layers single tokens ran, counted as they come."""
+
+    def __init__(self, layers: int):
+        self.halves, self.tokens, self.seen = np.zeros((2, layers)), 0, 0
+
+    def add(self, halves: np.ndarray, rows: np.ndarray, seen: np.ndarray) -> None:
+        """A token of each of the `rows [batch]` that count: `halves [2, layers, batch]` ran, so many tokens `seen`."""
+        self.halves += halves[..., rows].sum(-1)
+        self.tokens += int(rows.sum())
+        self.seen += int(seen[rows].sum())
+
+    def report(self, model: LanguageModel, skipping: SkippingSpec | None) -> Computed:
+        # A sequence of this length has tokens that see as many on average.
+        length = max(2 * self.seen / max(self.tokens, 1) - 1, 1.0)
+        return computed(model, skipping, self.halves, self.tokens, length)
 
 
 def _rounded(length: int) -> int:

@@ -290,11 +290,10 @@ class Collector(Traversal):
     ) -> dict[str, Any]:
         fast = self.exits.advance(state["fast"], table["stream"], streams.before)
         read = self.exits.read(fast, streams.after)
-        # Behind other layers the place is that of no array, and what is written there is dropped.
         return {
             "fast": fast,
-            "read": state["read"].at[table["number"]].set(read, mode="drop"),
-            "goals": state["goals"].at[table["goal"]].set(streams.after, mode="drop"),
+            "read": _kept(state["read"], table["number"], read),
+            "goals": _kept(state["goals"], table["goal"], streams.after),
         }
 
     def streams(self, state: dict[str, Any], last: jax.Array) -> ExitStreams:
@@ -303,3 +302,8 @@ class Collector(Traversal):
             return ExitStreams(state["read"], None)
         own = {place: state["goals"][slot] for slot, place in enumerate(self.goals)} | {self.exits.depth: last}
         return ExitStreams(state["read"], jnp.stack([own[place] for place in self.targets]))
+
+
+def _kept(found: jax.Array, place: jax.Array, stream: jax.Array) -> jax.Array:
+    """`found [count, ...]` with a stream at its place; there is none behind a layer whose place is `count`."""
+    return found.at[place].set(stream, mode="drop") if len(found) else found

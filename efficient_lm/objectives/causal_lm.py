@@ -8,8 +8,9 @@ from efficient_lm.models.auxiliary import counts, means
 from efficient_lm.models.language_model import LanguageModel
 from efficient_lm.models.parameters import Parameters
 from efficient_lm.objectives.base import Batch, ObjectiveSpec, Sums, context_of
+from efficient_lm.objectives.exit_losses import exit_losses
 from efficient_lm.spec import Count, Real
-from kernels_pallas.linear_cross_entropy import linear_cross_entropy
+from kernels_pallas.linear_cross_entropy import CrossEntropySums, linear_cross_entropy
 
 
 class CausalLMSpec(ObjectiveSpec):
@@ -34,22 +35,36 @@ class CausalLMSpec(ObjectiveSpec):
         packed: bool = True,
         key: jax.Array | None = None,
     ) -> Sums:
-        hidden, _, auxiliary = model.hidden(params, batch["tokens"], context_of(batch, packed, key), dtype=dtype)
-        sums = linear_cross_entropy(
-            hidden.reshape(-1, hidden.shape[-1]),
-            model.head_weight(params),
-            batch["targets"].reshape(-1),
-            batch["weights"].reshape(-1),
-            z_loss=self.z_loss,
-            softcap=model.spec.logit_softcap,
-            chunk=self.chunk,
-        )
+        context, weights = context_of(batch, packed, key), batch["weights"]
+
+        def read(hidden: jax.Array, weights: jax.Array) -> CrossEntropySums:
+            return linear_cross_entropy(
+                hidden.reshape(-1, hidden.shape[-1]),
+                model.head_weight(params),
+                batch["targets"].reshape(-1),
+                weights.reshape(-1),
+                z_loss=self.z_loss,
+                softcap=model.spec.logit_softcap,
+                chunk=self.chunk,
+            )
+
+        if model.exits is None:
+            hidden, _, auxiliary = model.hidden(params, batch["tokens"], context, dtype=dtype)
+        else:
+            hidden, streams, auxiliary = model.hidden_with_exits(params, batch["tokens"], context, dtype)
+        sums = read(hidden, weights)
         metrics = {"cross_entropy": sums.loss_sum, "accuracy": sums.correct_sum}
-        loss = sums.loss_sum
+        loss = self._total(sums)
         if self.z_loss:
-            loss = loss + self.z_loss * sums.z_loss_sum
             metrics["z_loss"] = self.z_loss * sums.z_loss_sum
+        if model.exits is not None:
+            loss, more = exit_losses(model, params, hidden, streams, weights, read, self._total, sums)
+            metrics |= more
         loss = loss + sum(auxiliary.losses.values()) * sums.weight_sum
         seen = auxiliary.losses | means(auxiliary.observed)
         metrics |= {name: value * sums.weight_sum for name, value in seen.items()}
         return Sums(loss, sums.weight_sum, metrics, counts(auxiliary.observed))
+
+    def _total(self, sums: CrossEntropySums) -> jax.Array:
+        """What is minimised at one head."""
+        return sums.loss_sum + self.z_loss * sums.z_loss_sum if self.z_loss else sums.loss_sum

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from typing import ClassVar
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from efficient_lm.models.auxiliary import Auxiliary
@@ -57,3 +58,17 @@ class DepthSpec(Choice, role="depth"):
         `block(context_length)` is what the block costs for one token that runs it, among so many that do.
         """
         raise TypeError(f"{type(self).__name__} does not define flops_per_token")
+
+
+def run_if_any(
+    run: Run, x: jax.Array, context: Context, cache: Cache | None, anyone: jax.Array
+) -> tuple[jax.Array, Cache | None, Auxiliary]:
+    """`run`; of single tokens in front of a cache only if `anyone`, a bool scalar, and else nothing changes."""
+    if cache is None or x.shape[1] > 1:
+        return run(x, context, cache)
+
+    def nothing(x: jax.Array, cache: Cache) -> tuple[jax.Array, Cache, Auxiliary]:
+        shapes = jax.eval_shape(run, x, context, cache)[2]
+        return x, cache, jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+
+    return jax.lax.cond(anyone, lambda x, cache: run(x, context, cache), nothing, x, cache)
