@@ -18,7 +18,7 @@ def text_report(scores: dict[str, Any]) -> str:
         for row in scores["loss_by_context"]
     ]  # fmt: skip
     lines += _computed(scores)
-    return "\n".join([*lines, "", *table(("tokens read", "loss", "tokens"), curve)])
+    return "\n".join([*lines, "", *_table(("tokens read", "loss", "tokens"), curve)])
 
 
 def answers_report(scores: dict[str, Any]) -> str:
@@ -31,8 +31,9 @@ def answers_report(scores: dict[str, Any]) -> str:
         for row in scores["lengths"]
     ]  # fmt: skip
     head = ("length", "accuracy", "whole rows", "loss", "answers", "rows")
+    table = _table(head, rows, left=0)
     more = [line for row in scores["lengths"] for line in _computed(row)]
-    return "\n".join([*textwrap.wrap(f"{data['kind']}: {options}", WIDTH), *table(head, rows, left=0), *more])
+    return "\n".join([*textwrap.wrap(f"{data['kind']}: {options}", WIDTH), *table, *more])
 
 
 def _computed(scores: dict[str, Any]) -> list[str]:
