@@ -9,16 +9,19 @@ import numpy as np
 import pytest
 
 from efficient_lm.composition import compose
+from efficient_lm.models.context import Context
 from efficient_lm.models.language_model import ModelSpec
 from efficient_lm.models.parameters import count_parameters
+from efficient_lm.objectives.causal_lm import CausalLMSpec
 from efficient_lm.validation import validate
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 MODELS = sorted(path.stem for path in (CONFIGS / "model").glob("*.yaml"))
 TINY = [name for name in MODELS if name.endswith("_tiny")]
 PUBLISHED = {
-    "gated_delta_net_350m": 347e6, "griffin": 2.68e9, "jamba_3b": 3.03e9, "mamba2_130m": 129e6, "mamba2_hybrid": 8.65e9,
-    "mamba_130m": 129e6, "masformer": 1.31e9, "samba": 421e6,
+    "gated_delta_net_350m": 347e6, "griffin": 2.68e9, "hybrid_moe": 1.13e9, "jamba_3b": 3.03e9, "mamba2_130m": 129e6,
+    "mamba2_hybrid": 8.65e9, "mamba_130m": 129e6, "masformer": 1.31e9, "mod_transformer_350m": 351e6,
+    "olmoe_1b_7b": 6.92e9, "samba": 421e6,
 }  # fmt: skip
 
 
@@ -48,6 +51,8 @@ def test_published_sizes(name):
         ("jamba_tiny", {"mamba": 7 / 8, "attend": 1 / 8}),
         ("samba", {"mamba": 0.5, "window": 0.5}),
         ("griffin", {"recur": 18 / 26, "attend": 8 / 26}),
+        ("hybrid_moe", {"mamba2": 1 / 2, "mamba2_moe": 3 / 8, "attend_moe": 1 / 8}),
+        ("hybrid_moe_tiny", {"mamba2": 1 / 2, "mamba2_moe": 3 / 8, "attend_moe": 1 / 8}),
     ],
 )
 def test_shares_of_layers(name, shares):
@@ -65,7 +70,7 @@ def test_few_layers_of_masformer_see_everything():
         assert 0 < whole <= len(windows) / 4 and set(windows[whole:]) != {None}
 
 
-SHARED = "samba_tiny", "griffin_tiny"
+SHARED = "samba_tiny", "griffin_tiny", "moe_tiny"
 """Have between them what the others are made of, or have tests of it elsewhere."""
 
 
@@ -78,9 +83,12 @@ def test_small_ones_learn(name):
     params = jax.jit(model.init)(jax.random.key(0))
     ids = jax.random.randint(jax.random.key(1), (1, 33), 0, 64)
 
+    whole = Context.rows(1, 32)
+    batch = {"tokens": ids[:, :-1], "targets": ids[:, 1:], "weights": jnp.ones((1, 32))}
+    batch |= {"positions": whole.positions, "segment_ids": whole.segment_ids}
+
     def loss(params):
-        logits = model.logits(params, ids[:, :-1])
-        return -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(logits), ids[:, 1:, None], -1))
+        return CausalLMSpec().sums(model, params, batch, jnp.float32).loss / 32
 
     step = jax.jit(jax.value_and_grad(loss))
     before, gradients = step(params)
