@@ -33,8 +33,7 @@ class ConfidenceSpec(HeadExitSpec):
 
 class _Confidence(EarlyExit):
     def leaves(self, seen: State, hidden: jax.Array, number: jax.Array) -> tuple[jax.Array, State]:
-        measure = {"probability": _probability, "margin": _margin, "entropy": _certainty}[self.spec.measure]
-        return self.of_logits(measure, hidden) > self.spec.threshold, seen
+        return self.of_logits(MEASURES[self.spec.measure], hidden) > self.spec.threshold, seen
 
 
 def _probability(logits: jax.Array) -> jax.Array:
@@ -49,3 +48,7 @@ def _margin(logits: jax.Array) -> jax.Array:
 def _certainty(logits: jax.Array) -> jax.Array:
     entropy = jnp.sum(jax.scipy.special.entr(jax.nn.softmax(logits)))
     return 1 - entropy / jnp.log(float(logits.shape[-1]))
+
+
+MEASURES = {"probability": _probability, "margin": _margin, "entropy": _certainty}
+"""Confidence from logits, float32 ``[vocab]``, by name."""
