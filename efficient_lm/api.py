@@ -16,6 +16,7 @@ from efficient_lm.data.sources import FilesSource
 from efficient_lm.data.store import open_store
 from efficient_lm.data.tokenizers import Tokenizer, load_tokenizer
 from efficient_lm.errors import ConfigError
+from efficient_lm.evaluation import attention_rank, decisions
 from efficient_lm.evaluation.answers import evaluate_answers
 from efficient_lm.evaluation.bits_per_byte import make_scorer
 from efficient_lm.evaluation.diagnostics import ROWS, Diagnostics
@@ -253,17 +254,58 @@ class Model:
             For each layer the kind of its `mixer` (None without one), and what
             `efficient_lm.evaluation.diagnostics.Diagnostics.measure` finds, as lists.
         """
+        batch = self.validation_rows(data, sequence_length, rows)
+        found = Diagnostics(self.model, self.dtype).measure_batch(self.params, batch)
+        return [
+            {"mixer": kind, **{name: values.tolist() for name, values in figures.items()}}
+            for kind, figures in zip(self._mixers(), found, strict=True)
+        ]
+
+    def decided(self, selection: str) -> "Model":
+        """The same model, its depth rules choosing tokens of a row by comparing them, ``top_k``, or ``causal``, as when
+        decoding. Raises `ConfigError` if it has no such rule."""
+        config = self.config.model_copy(update={"model": self.config.model.decided(selection)})
+        return Model(config, self.params, self.tokenizer, self.step, self.origin)
+
+    def depth_decisions(
+        self, data: DataSpec | None = None, sequence_length: int | None = None, rows: int = decisions.ROWS
+    ) -> list[dict[str, Any]]:
+        """How well single tokens decide to run what a comparison of the row would have them run, by layer.
+
+        Arguments as of `diagnose`; see `efficient_lm.evaluation.decisions.decisions` for what comes back.
+        """
+        batch = self.validation_rows(data, sequence_length, rows)
+        return decisions.decisions(self.model, self.params, batch, self.dtype)
+
+    def attention_rank(
+        self, data: DataSpec | None = None, sequence_length: int | None = None, rows: int = attention_rank.ROWS
+    ) -> list[dict[str, Any]]:
+        """The rank of attention maps of each layer (see `efficient_lm.evaluation.attention_rank`).
+
+        Arguments as of `diagnose`.
+
+        Returns:
+            For each layer the kind of its `mixer` (None without one), `ranks`, the mean rank of each head's maps over
+            rows, and `rank`, the mean of those; both None for a mixer without attention weights.
+        """
+        batch = self.validation_rows(data, sequence_length, rows)
+        found = attention_rank.attention_ranks(self.model, self.params, batch, self.dtype)
+        return [
+            {"mixer": kind, "ranks": None if ranks is None else ranks.tolist(),
+             "rank": None if ranks is None else float(ranks.mean())}
+            for kind, ranks in zip(self._mixers(), found, strict=True)
+        ]  # fmt: skip
+
+    def _mixers(self) -> list[str | None]:
+        return [layer.mixer and layer.mixer.kind for layer in self.model.layers]
+
+    def validation_rows(self, data: DataSpec | None, sequence_length: int | None, rows: int) -> dict[str, np.ndarray]:
+        """At most so many validation rows, of the run's own data for None."""
         data = self.config.data if data is None else data
         length = sequence_length or data.row_length or self.config.train.sequence_length
         self.model.check_length(length, "sequence_length")
         opened = data.open(self.tokenizer, length, self.config.run.seed)
-        batch = next(opened.validation_batches(rows, limit_rows=rows))
-        found = Diagnostics(self.model, self.dtype).measure_batch(self.params, batch)
-        kinds = [layer.mixer and layer.mixer.kind for layer in self.model.layers]
-        return [
-            {"mixer": kind, **{name: values.tolist() for name, values in figures.items()}}
-            for kind, figures in zip(kinds, found, strict=True)
-        ]
+        return next(opened.validation_batches(rows, limit_rows=rows))
 
     def save(self, path: str | Path) -> Path:
         """Write a run directory: config, tokenizer, parameters. Raises `CheckpointError` if something is there."""

@@ -61,7 +61,7 @@ class TrainSpec(Spec):
         sequence_length: tokens per sequence; None takes the length of the data's rows, or 256 where the data has none.
         accumulate: micro-batches that a batch is cut into, one after the other.
         clip_norm: bound of the gradient's global norm; None does not clip.
-        only: regular expressions of dotted parameter paths; parameters that none is found in are frozen. None: all train.
+        only: regular expressions of dotted parameter paths; parameters that none is found in are frozen. Empty: none.
         freeze: the same of parameters that are frozen.
         frozen_experts: experts that are frozen in every layer, with their rows of the routers.
         max_nonfinite: steps in a row whose loss or gradient is no number before the run stops.
@@ -169,6 +169,12 @@ class EvaluateConfig(Skipping):
         tasks: of lm-eval, by name, YAML file or folder. Without `text` and `data` they alone are run.
         fewshot: worked examples before each question of a task; None takes what the task says.
         diagnostics: whether recurrent states, decay and entropy of attention are measured too, on a few rows of data.
+        selection: how depth rules that choose tokens of a row do so: ``top_k`` by comparing them, ``causal`` as when
+            decoding, ``both`` one after the other, with how many decisions agree; None as the model says.
+        attention_rank: whether the rank of attention maps is measured by layer, on 50 rows of data.
+        routing: whether loads, drops and stability of routes, what tokens and domains have to do with experts, and
+            Super Experts are measured (see `efficient_lm.evaluation.routing_report`), on `limit` rows or 64; several
+            texts are compared as domains.
         output: a JSON file for the results.
     """
 
@@ -183,14 +189,20 @@ class EvaluateConfig(Skipping):
     tasks: Name | Annotated[Listing[Name], Field(min_length=1)] | None = None
     fewshot: Natural | None = None
     diagnostics: bool = False
+    selection: Literal["top_k", "causal", "both"] | None = None
+    attention_rank: bool = False
+    routing: bool = False
     output: Name | None = None
 
     @model_validator(mode="after")
     def _fits(self) -> "EvaluateConfig":
         if self.text is not None and self.data is not None:
             raise ConfigError("text: data is given too; leave one of them out")
-        if self.text is not None and self.diagnostics:
-            raise ConfigError("diagnostics: are of rows of data, and text is windows; use data=files instead of text")
+        for name in ("diagnostics", "attention_rank"):
+            if self.text is not None and getattr(self, name):
+                raise ConfigError(f"{name}: is of rows of data, and text is windows; use data=files instead of text")
+        if self.text is not None and self.selection == "both":
+            raise ConfigError("selection: both looks at rows of data, and text is windows; use data=files instead")
         if self.fewshot is not None and self.tasks is None:
             raise ConfigError("fewshot: examples are for tasks, and none is given; add tasks=, or leave it out")
         if isinstance(self.sequence_length, int):

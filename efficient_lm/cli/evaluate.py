@@ -27,6 +27,9 @@ Main keys
   fewshot=           worked examples before each question
   skipping=          which layers a token runs: uniform, confidence, ...; what it computed is among the figures
   diagnostics=true   recurrent states, decay and the entropy of attention by layer, on a few rows of data
+  selection=         of depth rules that choose tokens of a row: top_k, causal as when decoding, or both
+  attention_rank=true   the rank of attention maps by layer, on 50 rows of data
+  routing=true       loads and drops of experts, tokens and domains (text=[a,b]) that go with them, Super Experts
   batch_size=        windows or requests at a time; by default what suits the device
   output=            a JSON file for the results
 
@@ -68,26 +71,33 @@ def run(overrides: Sequence[str], options: Options) -> None:
 
 def evaluate(model: "Model", config: "EvaluateConfig") -> dict[str, Any]:
     """Evaluate, print tables, and return what `output` keeps."""
-    from efficient_lm.evaluation.report import answers_report, diagnostics_report, task_report, text_report
+    from efficient_lm.evaluation import report
 
+    if config.selection is not None:
+        model = model.decided("top_k" if config.selection == "both" else config.selection)
     results: dict[str, Any] = {"checkpoint": config.checkpoint, "step": model.step}
     results |= {"text": None, "answers": None, "tasks": None}
     if model.skipping is not None:
         results["skipping"] = model.skipping.dump()
     print(f"{config.checkpoint}, step {model.step}")
+    last = config.sequence_length[-1] if isinstance(config.sequence_length, tuple) else config.sequence_length
     if config.tasks is None or config.text is not None or config.data is not None:
-        paths = (config.text,) if isinstance(config.text, str) else config.text
-        scores = model.evaluate(
-            paths or config.data, config.sequence_length, config.batch_size,
-            stride=config.stride, begin=config.begin, limit=config.limit,
-        )  # fmt: skip
-        reads_text = paths is not None or (config.data or model.config.data).reads_text
-        results["text" if reads_text else "answers"] = scores
-        print((text_report if reads_text else answers_report)(scores))
+        part, scores = _scores(model, config)
+        results[part] = scores
+        print(report.SCORES[part](scores))
+        if config.selection == "both":
+            _, causal = _scores(model.decided("causal"), config)
+            results["causal"] = {part: causal, "layers": model.depth_decisions(config.data, last)}
+            print(report.decisions_report(results["causal"]["layers"]))
+            print(report.SCORES[part](causal))
     if config.diagnostics:
-        lengths = config.sequence_length if isinstance(config.sequence_length, tuple) else (config.sequence_length,)
-        results["diagnostics"] = model.diagnose(config.data, lengths[-1])
-        print(diagnostics_report(results["diagnostics"]))
+        results["diagnostics"] = model.diagnose(config.data, last)
+        print(report.diagnostics_report(results["diagnostics"]))
+    if config.attention_rank:
+        results["attention_rank"] = model.attention_rank(config.data, last)
+        print(report.attention_rank_report(results["attention_rank"]))
+    if config.routing:
+        results["routing"] = _routing(model, config, last)
     if config.tasks is not None:
         from efficient_lm.evaluation.lm_eval import run_tasks
 
@@ -96,8 +106,30 @@ def evaluate(model: "Model", config: "EvaluateConfig") -> dict[str, Any]:
             fewshot=config.fewshot, limit=config.limit, sequence_length=config.sequence_length,
             batch_size=config.batch_size,
         )  # fmt: skip
-        print(task_report(results["tasks"]))
+        print(report.task_report(results["tasks"]))
     return results
+
+
+def _scores(model: "Model", config: "EvaluateConfig") -> tuple[str, dict[str, Any]]:
+    """Whether text or answers are scored, and what `Model.evaluate` says of them."""
+    paths = (config.text,) if isinstance(config.text, str) else config.text
+    scores = model.evaluate(
+        paths or config.data, config.sequence_length, config.batch_size,
+        stride=config.stride, begin=config.begin, limit=config.limit,
+    )  # fmt: skip
+    reads_text = paths is not None or (config.data or model.config.data).reads_text
+    return "text" if reads_text else "answers", scores
+
+
+def _routing(model: "Model", config: "EvaluateConfig", sequence_length: int | None) -> dict[str, Any]:
+    """Measure and print what routers and experts do, also since the checkpoints that are kept."""
+    from efficient_lm.evaluation.routing_report import routing_text
+    from efficient_lm.experts import ROWS, earlier_parameters, routing
+
+    earlier = earlier_parameters(config.checkpoint, model)
+    found = routing(model, config.text, config.data, sequence_length, config.limit or ROWS, earlier)
+    print(routing_text(found))
+    return found
 
 
 def _changes(values: dict[str, Any]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ def text_report(scores: dict[str, Any]) -> str:
         for row in scores["loss_by_context"]
     ]  # fmt: skip
     lines += _computed(scores)
-    return "\n".join([*lines, "", *_table(("tokens read", "loss", "tokens"), curve)])
+    return "\n".join([*lines, "", *table(("tokens read", "loss", "tokens"), curve)])
 
 
 def answers_report(scores: dict[str, Any]) -> str:
@@ -31,9 +31,8 @@ def answers_report(scores: dict[str, Any]) -> str:
         for row in scores["lengths"]
     ]  # fmt: skip
     head = ("length", "accuracy", "whole rows", "loss", "answers", "rows")
-    table = _table(head, rows, left=0)
     more = [line for row in scores["lengths"] for line in _computed(row)]
-    return "\n".join([*textwrap.wrap(f"{data['kind']}: {options}", WIDTH), *table, *more])
+    return "\n".join([*textwrap.wrap(f"{data['kind']}: {options}", WIDTH), *table(head, rows, left=0), *more])
 
 
 def _computed(scores: dict[str, Any]) -> list[str]:
@@ -62,7 +61,26 @@ def diagnostics_report(layers: Sequence[dict[str, Any]]) -> str:
             "" if entropy is None else f"{sum(entropy) / len(entropy):.3f}",
         ))  # fmt: skip
     head = ("layer", "mixer", "state first", "last", "its largest", "last", "decay least, mean, most", "entropy, nats")
-    return "\n".join(["", *_table(head, rows, left=2)])
+    return "\n".join(["", *table(head, rows, left=2)])
+
+
+def decisions_report(layers: Sequence[dict[str, Any]]) -> str:
+    """What `Model.depth_decisions` returned, a row per layer and their mean."""
+    rows = [(str(row["layer"]), f"{row['depth_accuracy']:.4f}", f"{row['depth_share']:.4f}") for row in layers]
+    means = [sum(row[name] for row in layers) / len(layers) for name in ("depth_accuracy", "depth_share")]
+    head = ("layer", "decisions as top-k", "share that runs")
+    lines = ["", *table(head, [*rows, ("mean", *(f"{mean:.4f}" for mean in means))]), ""]
+    return "\n".join([*lines, "and by these decisions:"])
+
+
+def attention_rank_report(layers: Sequence[dict[str, Any]]) -> str:
+    """What `Model.attention_rank` returned, a row per layer."""
+    rows = [
+        (str(number), layer["mixer"] or "none", "" if layer["rank"] is None else f"{layer['rank']:.2f}",
+         " ".join(f"{rank:.1f}" for rank in layer["ranks"] or ()))
+        for number, layer in enumerate(layers)
+    ]  # fmt: skip
+    return "\n".join(["", *table(("layer", "mixer", "rank of attention", "by head"), rows, left=2)])
 
 
 def task_report(tasks: dict[str, dict[str, Any]]) -> str:
@@ -76,7 +94,7 @@ def task_report(tasks: dict[str, dict[str, Any]]) -> str:
                 "" if task["examples"] is None else f"{task['examples']:,}",
                 "" if task["fewshot"] is None else str(task["fewshot"]),
             ))  # fmt: skip
-    return "\n".join(_table(("task", "metric", "value", "", "examples", "shots"), rows, left=2))
+    return "\n".join(table(("task", "metric", "value", "", "examples", "shots"), rows, left=2))
 
 
 def _figure(value: Any) -> str:
@@ -85,8 +103,8 @@ def _figure(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> Iterator[str]:
-    """Lines of a table whose first `left` columns are set to the left."""
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> Iterator[str]:
+    """The lines of a table whose first `left` columns are set to the left."""
     widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
     for row in [head, *rows]:
         cells = [
@@ -94,3 +112,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) ->
             for column, (cell, width) in enumerate(zip(row, widths, strict=True))
         ]
         yield "  " + "  ".join(cells).rstrip()
+
+
+SCORES = {"text": text_report, "answers": answers_report}
+"""For what `Model.evaluate` returned, by what was scored."""

@@ -21,6 +21,8 @@ RULE = MixtureOfDepthsSpec(capacity=0.5, weight="tanh", weight_scale=0.2, weight
 
 ROUTER_STD = 0.02
 RIDGE = 0.01
+SCALE = 0.1
+"""Of fitted scores, whose order and signs are what counts: small ones leave weights near what they are at 0."""
 
 
 def with_mixture_of_depths(
@@ -37,9 +39,10 @@ def with_mixture_of_depths(
 
     Routers begin so that the model computes nearly what the dense one did. With rows of text a router's score is the
     linear map of its input that comes nearest to how much the layer changes a token, ``log(|f(x) - x| / |x|)``, in
-    standard deviations above the value that a share of `rule.capacity` exceeds: tokens that a layer hardly changes pass
-    it by, and a score above 0 is also the decision of a single token. Without rows it begins near 0. What runs is then
-    weighted as the rule says; p-MoD's weights are within a fifth of 1. Predictors begin as they do in a new model.
+    tenths of a standard deviation above the value that a share of `rule.capacity` exceeds: tokens that a layer hardly
+    changes pass it by, and a score above 0 is also the decision of a single token. Without rows it is drawn, with
+    standard deviation 0.02. Scores being small, p-MoD's weights begin within a few hundredths of 1. Predictors begin as
+    in a new model, with the score's own decision.
 
     Args:
         layers: from 0; those of the capacity's list, if it is one, are in this order.
@@ -104,5 +107,6 @@ def _fitted(seen: dict[str, np.ndarray], capacity: float) -> Parameters:
     weight = np.linalg.solve(
         gram + RIDGE * np.trace(gram) / len(gram) * np.eye(len(gram)), centred.T @ target / len(read)
     )
+    weight *= SCALE
     bias = -np.quantile(read @ weight, 1 - capacity)
     return {"weight": jnp.asarray(weight, jnp.float32), "bias": jnp.asarray(bias, jnp.float32)}

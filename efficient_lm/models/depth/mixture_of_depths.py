@@ -17,7 +17,7 @@ from efficient_lm.models.depth.selected import Selected, first, highest
 from efficient_lm.models.layers.linear import Linear
 from efficient_lm.models.layers.norms import NormSpec, RMSNormSpec
 from efficient_lm.models.mixers.base import Cache, MixerSpec
-from efficient_lm.models.parameters import ZEROS, Initialization, parameter
+from efficient_lm.models.parameters import ONES, ZEROS, Initialization, Initializer, parameter
 from efficient_lm.spec import Count, Fraction, Natural, OneOf, PerLayer, Positive, Real
 
 SPARE = 32
@@ -44,10 +44,10 @@ class MixtureOfDepthsSpec(DepthSpec):
     row compete for its k places: which of a document's tokens run depends on what it is packed with, and nothing else.
 
     To be among the k of a row depends on later tokens, which no decoder has. So each token also has a decision of its
-    own, ``d_i > 0``, learned by cross entropy against being among the k (section 3.5 of the paper, both ways): from a
-    small network on the stream, whose gradient ends there, or from the score itself. With a cache, that decision alone
-    counts, for prompts as for single tokens: the cache has room for ``(1 + slack) capacity length`` tokens and 32 more,
-    and once that many of a row have run, the rest pass by.
+    own, ``d_i > 0``, learned by cross entropy against being among the k (section 3.5 of the paper, both ways): from the
+    score itself, or from a small network on the score and what the router reads, whose gradient ends there. With a
+    cache, that decision alone counts, for prompts as for single tokens: the cache has room for ``(1 + slack) capacity
+    length`` tokens and 32 more, and once that many of a row have run, the rest pass by.
 
     Attributes:
         capacity: share of tokens that run, above 0 and at most 1.
@@ -128,28 +128,31 @@ class MixtureOfDepthsSpec(DepthSpec):
     def flops_per_token(self, width: int, block: Callable[[float], float], context_length: float) -> float:
         """Router and predictor for every token; for its share, the block among as many tokens as run."""
         count = (self.places if self.selection == "top_k" else self.budget)(round(context_length))
-        predictor = 2.0 * self.predictor_hidden * (width + 1) if self.decide == "predictor" else 0.0
+        predictor = 2.0 * (self.predictor_hidden * (width + 1) + 1) if self.decide == "predictor" else 0.0
         return 2.0 * width + predictor + count / context_length * block(count)
 
 
 class Predictor(nnx.Module):
-    """``W_2 silu(W_1 x + b_1) + b_2``, in float32."""
+    """``a s + w · silu(W x + b) + c`` of the router's score s and what it reads, in float32.
+
+    It begins as the score itself (w and c at zero, a at one): what is left to learn is where the row's k end.
+    """
 
     def __init__(self, width: int, hidden: int, init: Initialization):
         self.up = Linear({"embed": width}, {"predictor": hidden}, init=init, bias=True)
-        self.down = Score({"predictor": hidden}, init)
+        self.down = Score({"predictor": hidden}, ZEROS)
+        self.gain = parameter({}, ONES)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """float32 `x [batch, time, width]` → ``[batch, time]``."""
-        return self.down(jax.nn.silu(self.up(x)))
+    def __call__(self, x: jax.Array, scores: jax.Array) -> jax.Array:
+        """float32 `x [batch, time, width]` and `scores [batch, time]` → ``[batch, time]``."""
+        return self.gain[...] * scores + self.down(jax.nn.silu(self.up(x)))
 
 
 class Score(nnx.Module):
     """``w · x + b``, in float32; not decayed."""
 
-    def __init__(self, axes: dict[str, int], init: Initialization):
-        (size,) = axes.values()
-        self.weight = parameter(axes, init.matrix(size))
+    def __init__(self, axes: dict[str, int], start: Initializer):
+        self.weight = parameter(axes, start)
         self.bias = parameter({}, ZEROS)
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -161,7 +164,7 @@ class MixtureOfDepths(nnx.Module):
     def __init__(self, spec: MixtureOfDepthsSpec, width: int, init: Initialization):
         self.spec = spec
         self.norm = spec.norm and spec.norm.build(width)
-        self.router = Score({"embed": width}, init)
+        self.router = Score({"embed": width}, init.matrix(width))
         learned = spec.decide == "predictor"
         self.predictor = Predictor(width, spec.predictor_hidden, init) if learned else None
 
@@ -200,7 +203,8 @@ class MixtureOfDepths(nnx.Module):
         x = x.astype(jnp.float32)
         x = x if self.norm is None else self.norm(x)
         scores = self.router(x)
-        return scores, scores if self.predictor is None else self.predictor(jax.lax.stop_gradient(x))
+        decided = scores if self.predictor is None else self.predictor(*jax.lax.stop_gradient((x, scores)))
+        return scores, decided
 
     def _judged(
         self, decisions: jax.Array, wanted: jax.Array, members: jax.Array, real: jax.Array, kept: jax.Array

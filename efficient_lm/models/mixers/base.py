@@ -41,8 +41,8 @@ class MixerSpec(Choice, role="mixer"):
     def build(self, width: int, init: Initialization) -> nnx.Module:
         """The module, with methods ``__call__(x, context, cache)`` and ``init_cache(batch, length, dtype)``.
 
-        It may have ``log_decay(x, context)``, float32 ``[batch, time, ...]``, and ``entropy(x, context)``, float32
-        ``[batch, heads]``: diagnostics read them.
+        It may have ``log_decay(x, context)``, float32 ``[batch, time, ...]``, ``entropy(x, context)``, float32
+        ``[batch, heads]``, and ``weights(x, context)``, float32 ``[batch, heads, time, time]``: diagnostics read them.
         """
         raise TypeError(f"{type(self).__name__} does not define build")
 

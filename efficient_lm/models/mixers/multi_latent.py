@@ -192,13 +192,16 @@ class MultiLatent(nnx.Module):
 
     def entropy(self, x: jax.Array, context: Context) -> jax.Array:
         """Mean entropy in nats of the weights of every real token, float32 ``[batch, heads]``; builds all weights."""
+        return mean_entropy(self.weights(x, context), context)
+
+    def weights(self, x: jax.Array, context: Context) -> jax.Array:
+        """What each token attends to, float32 ``[batch, heads, time, time]``."""
         index = jnp.arange(x.shape[1], dtype=jnp.int32)[None]
-        weights = attention_weights(
+        return attention_weights(
             self._queries(x, context), self._keys(self._latents(x, context)), window=self.spec.window,
             kept=self.spec.kept_tokens, sinks=None if self.sinks is None else self.sinks[...],
             scale=self.spec.logit_scale(), bias=self.position.bias(index, index), segment_ids=context.segment_ids,
         )  # fmt: skip
-        return mean_entropy(weights, context)
 
     def init_cache(self, batch: int, length: int, dtype: jax.typing.DTypeLike) -> Cache:
         """An empty cache for `length` tokens; latents are `[batch, slots, 1, latent_size + rotary_size]`."""
