@@ -28,7 +28,7 @@ class UpcyclingSpec(Choice, role="upcycling"):
         every: see `layers`.
         rows: how routers begin. ``random``: normal, with standard deviation `router_std`. ``domains``: the row of an
             expert is the mean of what its domain's tokens show the router, each and the mean normalised (FlexOlmo, Shi
-            et al. 2025, section 3).
+            et al. 2025, section 3). Null takes the latter where the method looks at texts for other reasons.
         router, balance: as in the ffn `moe`.
         pregate: one router in front of the layers in place of theirs, as `model.pregate` without its `experts`.
     """
@@ -37,7 +37,7 @@ class UpcyclingSpec(Choice, role="upcycling"):
     top_k: Count = 2
     layers: Annotated[Listing[Natural], Field(min_length=1)] | None = None
     every: Count = 1
-    rows: Literal["random", "domains"] = "random"
+    rows: Literal["random", "domains"] | None = None
     router_std: Annotated[Real, Field(ge=0)] = 0.02
     router: RouterSpec = RouterSpec(normalize=True)
     balance: BalanceSpec = BalanceSpec()
@@ -47,7 +47,7 @@ class UpcyclingSpec(Choice, role="upcycling"):
     def _fits(self) -> "UpcyclingSpec":
         if self.layers is not None and self.every != 1:
             raise ConfigError("method.every: method.layers says which layers; leave one of them out")
-        if self.pregate is not None and self.rows != "random":
+        if self.pregate is not None and self.rows == "domains":
             raise ConfigError("method.rows: with method.pregate layers have no rows of their own; leave it out")
         if isinstance(self.experts, int) and self.top_k > self.experts:
             raise ConfigError(f"method.top_k: {self.top_k} of {self.experts} experts; at most {self.experts}")
@@ -96,6 +96,6 @@ class UpcyclingSpec(Choice, role="upcycling"):
         """How a layer's router begins, float32 ``[width, experts]``; None where it has no rows of its own."""
         if self.pregate is not None:
             return None
-        if self.rows == "domains":
+        if seen is not None and self.rows != "random":
             return jnp.asarray(seen.inputs.T)
         return self.router_std * jax.random.normal(key, (width, mixture.experts), jnp.float32)

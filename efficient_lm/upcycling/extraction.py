@@ -155,13 +155,23 @@ def extracted(
     return spec, with_layers(spec.build(), outer, values)
 
 
-def _check(mixture: MoESpec, number: int, experts: Sequence[int], top_k: int | None) -> None:
-    left, takes = len(experts) + mixture.routed - mixture.experts, top_k or mixture.top_k
-    if not experts or left < takes:
+def check_count(model: LanguageModel, count: int, top_k: int | None = None) -> None:
+    """Whether tokens find enough experts where each layer keeps so many. Raises `ConfigError`."""
+    for number, mixture in mixtures(model).items():
+        _check_left(mixture, number, count, top_k)
+
+
+def _check_left(mixture: MoESpec, number: int, count: int, top_k: int | None) -> None:
+    left, takes = count + mixture.routed - mixture.experts, top_k or mixture.top_k
+    if not count or left < takes:
         raise ConfigError(
             f"experts: {left} would be left in layer {number}, and a token takes {takes}; keep at least {takes}"
-            + (f", or set top_k to at most {left}" if experts else "")
+            + (f", or set top_k to at most {left}" if count else "")
         )
+
+
+def _check(mixture: MoESpec, number: int, experts: Sequence[int], top_k: int | None) -> None:
+    _check_left(mixture, number, len(experts), top_k)
     groups = mixture.router.groups
     counts = np.bincount(np.asarray(experts) * groups // mixture.routed, minlength=groups)
     if groups > 1 and np.ptp(counts):

@@ -1,0 +1,45 @@
+"""The verb `extract`."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from efficient_lm.cli.main import Options
+
+ROOT = "extract"
+SUMMARY = "Makes a smaller model of a part of another: some of its experts."
+HELP = """
+Main keys
+  checkpoint=        a run directory, runs/NAME/checkpoints/STEP, a Hugging Face folder, a GGUF file
+  output=            the run directory to make; it must not hold anything yet
+  experts=           4: so many of each layer; [0,2]: these; [[0,2],[1,3]]: these of each layer with experts
+  by=                what a number keeps: reconstruction (the layer's error without an expert), weight, load
+  uneven=true        layers may keep different numbers, so many on average
+  drop_super_experts=true   Super Experts may go too
+  top_k=             experts that a token takes from then on
+  text=              files that importance is measured on; by default the run's validation data
+
+Examples
+  efficient-lm extract checkpoint=runs/both output=runs/without_code experts=[0,1]
+  efficient-lm extract checkpoint=runs/moe_tiny output=runs/half experts=4 by=weight
+"""
+
+
+def run(overrides: Sequence[str], options: Options) -> None:
+    """Extract as the config that `overrides` compose says."""
+    from efficient_lm.composition import compose
+    from efficient_lm.upcycling.config import ExtractConfig
+    from efficient_lm.validation import validate
+
+    config = validate(ExtractConfig, compose(ROOT, overrides, options.config_dirs).values)
+
+    from efficient_lm.api import load
+    from efficient_lm.experts import extract, save
+    from efficient_lm.interop.hugging_face import check_free
+
+    check_free(Path(config.output))
+    model = load(config.checkpoint)
+    made = extract(
+        model, config.experts, config.by, config.uneven, not config.drop_super_experts, config.top_k,
+        config.text, config.sequence_length, config.limit,
+    )  # fmt: skip
+    print(save(made, config.output, config.checkpoint))

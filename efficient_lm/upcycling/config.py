@@ -1,0 +1,98 @@
+"""The configs of the verbs `upcycle`, `merge` and `extract`."""
+
+from typing import Annotated
+
+from pydantic import Field, model_validator
+
+from efficient_lm.config import Name
+from efficient_lm.errors import ConfigError
+from efficient_lm.spec import Count, Listing, Natural, OneOf, Real, Spec
+from efficient_lm.upcycling.base import UpcyclingSpec
+from efficient_lm.upcycling.extraction import Importance
+from efficient_lm.upcycling.merging import Rows
+
+
+class Looking(Spec):
+    """A verb that looks at a model on text, and writes another.
+
+    Attributes:
+        output: the run directory to make.
+        text: a file or files; None takes the validation part of what the model was trained on.
+        sequence_length: tokens of a row of these; None takes that of training.
+        limit: rows that are looked at, at most, of each text.
+    """
+
+    output: Name
+    text: Name | Annotated[Listing[Name], Field(min_length=1)] | None = None
+    sequence_length: Count | None = None
+    limit: Count = 64
+
+
+class UpcycleConfig(Looking):
+    """Experts made of dense channel mixers.
+
+    Attributes:
+        checkpoint: a run directory, one of its checkpoints, or a published model.
+        method: how.
+        seed: of what is drawn.
+    """
+
+    checkpoint: Name
+    method: OneOf[UpcyclingSpec]
+    seed: Natural = 0
+
+
+class MergeConfig(Spec):
+    """Experts of several models in one.
+
+    Attributes:
+        checkpoints: the models; all have one backbone.
+        output: the run directory to make.
+        rows: of routers: ``trained`` or ``domains`` (see `upcycling.merging.merged`); None takes what there is.
+        top_k: experts that a token takes; None as in the first.
+        bias: added to the score of every expert but the first.
+        sequence_length, limit: of the rows of each model's own validation data that ``domains`` looks at.
+    """
+
+    checkpoints: Annotated[Listing[Name], Field(min_length=2)]
+    output: Name
+    rows: Rows | None = None
+    top_k: Count | None = None
+    bias: Real | None = None
+    sequence_length: Count | None = None
+    limit: Count = 64
+
+    @model_validator(mode="after")
+    def _differ(self) -> "MergeConfig":
+        twice = [name for name in self.checkpoints if self.checkpoints.count(name) > 1]
+        if twice:
+            raise ConfigError(f"checkpoints: '{twice[0]}' is named twice")
+        return self
+
+
+class ExtractConfig(Looking):
+    """A model with a part of another.
+
+    Attributes:
+        checkpoint: a run directory, one of its checkpoints, or a published model.
+        experts: how many stay in each layer; or which, a list, or a list for each layer with experts.
+        by: what makes an expert important, where it is said how many.
+        uneven: whether layers may keep different numbers, as many on average.
+        drop_super_experts: whether Super Experts may be dropped like any other.
+        top_k: experts that a token takes from then on; None as before.
+    """
+
+    checkpoint: Name
+    experts: Count | Listing[Natural] | Listing[Listing[Natural]]
+    by: Importance = "reconstruction"
+    uneven: bool = False
+    drop_super_experts: bool = False
+    top_k: Count | None = None
+
+    @model_validator(mode="after")
+    def _measures(self) -> "ExtractConfig":
+        if not isinstance(self.experts, int):
+            for name in ("text", "uneven", "drop_super_experts"):
+                if getattr(self, name):
+                    raise ConfigError(f"{name}: experts are named; it is for a number of them")
+        return self
