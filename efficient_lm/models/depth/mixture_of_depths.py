@@ -12,7 +12,7 @@ from pydantic import Field
 from efficient_lm.errors import ConfigError
 from efficient_lm.models.auxiliary import Auxiliary
 from efficient_lm.models.context import Context
-from efficient_lm.models.depth.base import DepthSpec, Run
+from efficient_lm.models.depth.base import DepthSpec, Run, run_if_any
 from efficient_lm.models.depth.selected import Selected, first, highest
 from efficient_lm.models.layers.linear import Linear
 from efficient_lm.models.layers.norms import NormSpec, RMSNormSpec
@@ -190,7 +190,8 @@ class MixtureOfDepths(nnx.Module):
             chosen = self._within_budget(wanted, cache)
             inner = chosen.context(context, packed=True)
         part = chosen.take(x)
-        y, held, more = _run_if_any(run, part, inner, chosen.live, None if cache is None else cache["block"])
+        held = None if cache is None else cache["block"]
+        y, held, more = run_if_any(run, part, inner, held, jnp.any(chosen.live))
         if cache is not None:
             cache = cache | {"block": held, "left": cache["left"] - jnp.sum(chosen.live, axis=1, dtype=jnp.int32)}
         if context.record:
@@ -247,20 +248,6 @@ class MixtureOfDepths(nnx.Module):
         count = self.spec.budget(length)
         left, room = jnp.full((batch,), count, jnp.int32), jnp.zeros((batch, count, 0), bool)
         return {"block": empty(batch, count, dtype), "left": left, "room": room}
-
-
-def _run_if_any(
-    run: Run, x: jax.Array, context: Context, live: jax.Array, cache: Cache | None
-) -> tuple[jax.Array, Cache | None, Auxiliary]:
-    """`run`; of single tokens in front of a cache, not where no row has one that runs."""
-    if cache is None or x.shape[1] > 1:
-        return run(x, context, cache)
-
-    def nothing(x: jax.Array, cache: Cache) -> tuple[jax.Array, Cache, Auxiliary]:
-        shapes = jax.eval_shape(run, x, context, cache)[2]
-        return x, cache, jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-
-    return jax.lax.cond(jnp.any(live), lambda x, cache: run(x, context, cache), nothing, x, cache)
 
 
 def _spread(observed: dict[str, jax.Array], chosen: Selected, time: int) -> dict[str, jax.Array]:
