@@ -307,6 +307,12 @@ class Model:
         opened = data.open(self.tokenizer, length, self.config.run.seed)
         return next(opened.validation_batches(rows, limit_rows=rows))
 
+    def extract(self, **choice: Any) -> "Model":
+        """A smaller model of a part of this one: some of its experts (see `efficient_lm.experts.extract`)."""
+        from efficient_lm.experts import extract
+
+        return extract(self, **choice)
+
     def save(self, path: str | Path) -> Path:
         """Write a run directory: config, tokenizer, parameters. Raises `CheckpointError` if something is there."""
         path = Path(path)
