@@ -22,6 +22,10 @@ Layout = Literal["torch", "conv1d", "depthwise", "vector", "by_head", "same"]
 """
 
 
+STACK = "experts"
+"""Leading axis of a parameter that holds one of its kind for each expert."""
+
+
 @dataclass(frozen=True)
 class Source:
     """One of our parameters, or one of the matrices that lie side by side in it.
@@ -29,14 +33,20 @@ class Source:
     Attributes:
         path: dotted, within a layer or the model.
         pick: index along the axis that batches matrices (keys and values, gate and up); None takes all.
+        index: which of the parameters that are stacked along a leading axis (one for each expert); None takes all.
     """
 
     path: str
     pick: int | None = None
+    index: int | None = None
 
     def view(self, array: np.ndarray, declared: Declaration, layout: Layout) -> np.ndarray:
         """The array in the published layout; never a copy."""
+        if self.index is not None:
+            array, declared = array[self.index], declared.unstacked()
+        # What comes before the outputs: the inputs, and an axis of experts before them.
         inputs = len(declared.matrix[0]) if declared.matrix else int(layout == "depthwise")
+        inputs += declared.axes[:1] == (STACK,)
         if self.pick is not None:
             array = array[(slice(None),) * inputs + (self.pick,)]
         if layout == "same":
@@ -100,6 +110,17 @@ class Rows:
             start += part.shape[0]
 
 
+class Interleaved:
+    """In turn along the last axis: the first value of each, then the second of each, and so on."""
+
+    def shape(self, parts: Sequence[np.ndarray], declared: Declaration) -> tuple[int, ...]:
+        return (*parts[0].shape[:-1], sum(part.shape[-1] for part in parts))
+
+    def split(self, tensor: np.ndarray, parts: Sequence[np.ndarray], declared: Declaration) -> Iterator[np.ndarray]:
+        for place in range(len(parts)):
+            yield tensor[..., place :: len(parts)]
+
+
 class InterleavedByHead:
     """For each head, its rows of the first parameter, then of the second, and so on; `axis` counts the heads."""
 
@@ -131,6 +152,8 @@ class Tensor:
         pieces: names of the tensors that hold its rows, where it is published in several; one for each source. Where
             one ends and the next begins is free.
         by: path of the parameter whose axes the join counts; the first source if empty.
+        each: whether there is one such tensor for each index along the leading axis of its parameters; ``{}`` in its
+            names stands for the index.
     """
 
     name: str
@@ -140,11 +163,27 @@ class Tensor:
     aliases: tuple[str, ...] = ()
     pieces: tuple[str, ...] = ()
     by: str = ""
+    each: bool = False
 
     def prefixed(self, prefix: str) -> "Tensor":
         """The same with a prefix to its names."""
         aliases, pieces = (tuple(prefix + name for name in names) for names in (self.aliases, self.pieces))
         return replace(self, name=prefix + self.name, aliases=aliases, pieces=pieces)
+
+    def numbered(self, count: int) -> list["Tensor"]:
+        """The tensor itself, or with `each` the `count` that it stands for."""
+        if not self.each:
+            return [self]
+        return [
+            replace(
+                self,
+                name=self.name.format(index),
+                sources=tuple(replace(source, index=index) for source in self.sources),
+                aliases=tuple(name.format(index) for name in self.aliases),
+                each=False,
+            )
+            for index in range(count)
+        ]
 
     def views(self, arrays: Sequence[np.ndarray], declared: Sequence[Declaration]) -> list[np.ndarray]:
         """Each source in the published layout."""
@@ -167,6 +206,11 @@ def linear(theirs: str, ours: str, pick: int | None = None) -> tuple[Tensor, Ten
         Tensor(f"{theirs}.weight", (Source(f"{ours}.weight", pick),), "torch"),
         Tensor(f"{theirs}.bias", (Source(f"{ours}.bias", pick),), "vector"),
     )
+
+
+def each(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The same, one for each expert; ``{}`` in their names stands for its number."""
+    return tuple(replace(tensor, each=True) for tensor in tensors)
 
 
 def fused(

@@ -30,7 +30,7 @@ class Draft:
     Attributes:
         model: values of the model.
         block: values of every block.
-        kinds: further values of each kind of block, by name.
+        kinds: further values of each kind of block, by name; the words of a name are joined by underscores.
         layout: name of the block of each layer.
     """
 
@@ -42,8 +42,14 @@ class Draft:
     def put(self, path: str, value: Any) -> None:
         """Set ``block.mixer.heads`` (in every block), ``attend.mixer.heads`` (in a kind), ``width`` (of the model)."""
         scope, _, rest = path.partition(".")
-        values = {"block": self.block, **self.kinds}.get(scope)
-        put(*((self.model, path) if values is None else (values, rest)), value)
+        for values in self.scoped(scope):
+            put(values, rest, copy.deepcopy(value))
+        if not self.scoped(scope):
+            put(self.model, path, value)
+
+    def scoped(self, scope: str) -> list[Config]:
+        """The values of every block, or of the kinds that `scope` names or is a word of."""
+        return [self.block] if scope == "block" else [self.kinds[name] for name in self.kinds if _named(scope, name)]
 
     def values(self) -> Config:
         """What `ModelSpec` validates."""
@@ -81,10 +87,12 @@ class Layers:
             Inexpressible: the layers do not share one.
         """
         scope, _, rest = path.partition(".")
-        if scope != "block" and scope not in self._known:
+        if scope != "block" and not any(_named(scope, kind) for kind in self._known):
             return get(self.model, path)
         values = [
-            value for kind, value in zip(self.kinds, self.each(rest), strict=True) if scope in ("block", kind)
+            value
+            for kind, value in zip(self.kinds, self.each(rest), strict=True)
+            if scope == "block" or _named(scope, kind)
         ] or [ABSENT]
         if any(value != values[0] for value in values):
             raise Inexpressible(path, values)
@@ -93,6 +101,10 @@ class Layers:
     def each(self, path: str) -> list[Any]:
         """A value of each layer."""
         return [get(layer, path) for layer in self.layers]
+
+    def words(self, place: int) -> list[str]:
+        """One word of the kind of each layer."""
+        return [kind.split("_")[place] for kind in self.kinds]
 
 
 class Binding(Protocol):
@@ -111,29 +123,56 @@ class Key:
 
     Attributes:
         default: of a config that does not have the key.
+        others: further names of the key; each prevails over `name`, and all are written.
         to, back: between published value and ours.
     """
 
     name: str
     paths: tuple[str, ...]
     default: Any = REQUIRED
+    others: tuple[str, ...] = ()
     to: Callable[[Any], Any] = lambda value: value
     back: Callable[[Any], Any] = lambda value: value
 
     def read(self, config: Config, draft: Draft) -> None:
-        value = self.to(lookup(config, self.name, self.default))
+        name = next((other for other in self.others if other in config), self.name)
+        value = self.to(lookup(config, name, self.default))
         for path in self.paths:
-            draft.put(path, copy.deepcopy(value))
+            draft.put(path, value)
 
     def write(self, layers: Layers, config: Config) -> None:
         value = next((found for path in self.paths if (found := layers.get(path)) is not ABSENT), ABSENT)
         if value is not ABSENT:
-            config[self.name] = self.back(value)
+            config |= dict.fromkeys((self.name, *self.others), self.back(value))
 
 
-def key(name: str, *paths: str, default: Any = REQUIRED, **convert: Callable[[Any], Any]) -> Key:
+def key(
+    name: str,
+    *paths: str,
+    default: Any = REQUIRED,
+    others: tuple[str, ...] = (),
+    **convert: Callable[[Any], Any],
+) -> Key:
     """``key("hidden_size", "width", default=4096)``."""
-    return Key(name, paths, default, **convert)
+    return Key(name, paths, default, others, **convert)
+
+
+@dataclass(frozen=True)
+class Always:
+    """Values of every model of a family, of which its config says nothing: path → value, or values below the path."""
+
+    values: Mapping[str, Any]
+
+    def read(self, config: Config, draft: Draft) -> None:
+        for path, value in self.values.items():
+            draft.put(path, value)
+
+    def write(self, layers: Layers, config: Config) -> None:
+        """Writes nothing. Reading again shows whether a model has such values; a kind must be right to be read."""
+        for path, value in self.values.items():
+            found = layers.get(path) if path.endswith(".kind") else ABSENT
+            if found not in (value, ABSENT):
+                raise Inexpressible(path, found, value)
 
 
 @dataclass(frozen=True)
@@ -186,87 +225,6 @@ class Named:
 
 
 @dataclass(frozen=True)
-class Depth:
-    """The number of layers, all of one kind."""
-
-    name: str
-    default: int
-
-    def read(self, config: Config, draft: Draft) -> None:
-        draft.layout = ["layer"] * count(config, self.name, self.default)
-
-    def write(self, layers: Layers, config: Config) -> None:
-        config[self.name] = len(layers.layers)
-
-
-@dataclass(frozen=True)
-class Dense:
-    """The keys of a family that can have experts, of a model that has none.
-
-    Attributes:
-        experts: ``(config) -> key and value`` that put experts into some layer; None if there are none.
-        keys: ``(number of layers) -> keys`` of a config without experts.
-    """
-
-    experts: Callable[[Config], str | None]
-    keys: Callable[[int], Config]
-
-    def read(self, config: Config, draft: Draft) -> None:
-        found = self.experts(config)
-        if found:
-            raise ConfigError(f"{found}: mixture of experts is not supported")
-
-    def write(self, layers: Layers, config: Config) -> None:
-        config |= self.keys(len(layers.layers))
-
-
-@dataclass(frozen=True)
-class Pattern:
-    """The kind of each layer, however a family writes it down.
-
-    Attributes:
-        names: ``(config) -> names``, the kind of each layer by our names; raises `ConfigError`.
-        keys: ``(names) -> keys`` of the config that say so.
-    """
-
-    names: Callable[[Config], list[str]]
-    keys: Callable[[list[str]], Config]
-
-    def read(self, config: Config, draft: Draft) -> None:
-        draft.layout = self.names(config)
-
-    def write(self, layers: Layers, config: Config) -> None:
-        config |= self.keys(layers.kinds)
-
-
-def listed(name: str, kinds: Mapping[str, str], default: Callable[[Config, int], str], depth: int) -> Pattern:
-    """A `Pattern` of a list like ``layer_types``, with one published name per layer.
-
-    Args:
-        name: key of the list.
-        kinds: published name → ours.
-        default: ``(config, layer) -> published name``, where the config has no list.
-        depth: default of ``num_hidden_layers``.
-    """
-
-    def names(config: Config) -> list[str]:
-        layers = count(config, "num_hidden_layers", depth)
-        types = config.get(name) or [default(config, index) for index in range(layers)]
-        if len(types) < layers:
-            raise ConfigError(f"{name}: lists {len(types)} layers, and num_hidden_layers is {layers}")
-        for kind in types:
-            if kind not in kinds:
-                raise ConfigError(f"{name}: '{kind}' is not supported; {nearest(str(kind), kinds)}")
-        return [kinds[kind] for kind in types[:layers]]
-
-    def keys(ours: list[str]) -> Config:
-        theirs = {mine: published for published, mine in reversed(kinds.items())}
-        return {"num_hidden_layers": len(ours), name: [theirs[kind] for kind in ours]}
-
-    return Pattern(names, keys)
-
-
-@dataclass(frozen=True)
 class Spread:
     """`initializer_range`, the standard deviation of every fresh matrix."""
 
@@ -293,16 +251,27 @@ PLAIN = {theirs: {"block.ffn.activation": ours} for theirs, ours in ACTIVATIONS.
 """Activation of a plain channel mixer → ours."""
 
 _GATED_KINDS = {
-    "silu": {"block.ffn.kind": "swiglu"},
-    "gelu": {"block.ffn.kind": "geglu", "block.ffn.approximate": False},
-    "gelu_tanh": {"block.ffn.kind": "geglu", "block.ffn.approximate": True},
-    "relu": {"block.ffn.kind": "reglu"},
+    "silu": {"kind": "swiglu"},
+    "gelu": {"kind": "geglu", "approximate": False},
+    "gelu_tanh": {"kind": "geglu", "approximate": True},
+    "relu": {"kind": "reglu"},
 }
-GATED = {
-    theirs: _GATED_KINDS.get(ours, {"block.ffn.kind": "glu", "block.ffn.activation": ours})
-    for theirs, ours in ACTIVATIONS.items()
-}
-"""Activation of a gated channel mixer → our kind."""
+
+
+def gated(*paths: str) -> dict[str, dict[str, Any]]:
+    """Activation of the gated channel mixers at these paths → our kind."""
+    return {
+        theirs: {
+            f"{path}.{name}": value
+            for path in paths
+            for name, value in _GATED_KINDS.get(ours, {"kind": "glu", "activation": ours}).items()
+        }
+        for theirs, ours in ACTIVATIONS.items()
+    }
+
+
+GATED = gated("block.ffn")
+"""Activation of every layer's gated channel mixer → our kind."""
 
 
 def lookup(config: Config, name: str, default: Any = REQUIRED) -> Any:
@@ -345,6 +314,10 @@ def merged(first: Config, second: Config) -> Config:
         nested = isinstance(inner, dict) and isinstance(value, dict)
         both[name] = merged(inner, value) if nested else copy.deepcopy(value)
     return both
+
+
+def _named(scope: str, kind: str) -> bool:
+    return scope == kind or scope in kind.split("_")
 
 
 def _has(values: Any, wanted: Any) -> bool:

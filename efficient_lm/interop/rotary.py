@@ -1,7 +1,7 @@
 """Rotary positions in published configs: `rope_theta` and `rope_scaling` of transformers 4, `rope_parameters` of 5."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from efficient_lm.errors import ConfigError, nearest
@@ -23,6 +23,7 @@ class Rotary:
         scope: the kind of layer that turns, where not all do.
         scalable: whether the family reads any `rope_type` but the default.
         optional: whether a base of null means that nothing turns.
+        stated: the parameters of a config that states none.
     """
 
     theta_key: str = "rope_theta"
@@ -32,6 +33,7 @@ class Rotary:
     scope: str = "block"
     scalable: bool = True
     optional: bool = False
+    stated: Config = field(default_factory=dict)
 
     @property
     def path(self) -> str:
@@ -40,7 +42,7 @@ class Rotary:
 
     def read(self, config: Config, draft: Draft) -> None:
         # As transformers 5 does: `rope_scaling` comes first, and what it leaves open is taken from beside it.
-        stated = config.get("rope_scaling") or config.get("rope_parameters") or {}
+        stated = config.get("rope_scaling") or config.get("rope_parameters") or self.stated
         if any(isinstance(value, dict) for value in stated.values()):
             raise ConfigError(f"rope_parameters: {', '.join(stated)}: parameters by layer type are not supported here")
         parameters = {"rope_theta": config.get(self.theta_key, self.theta), **stated}

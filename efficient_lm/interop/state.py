@@ -91,15 +91,13 @@ def entries(family: Family, model: LanguageModel) -> list[Entry]:
 
 
 def _entries(tensors: Sequence[Tensor], places: dict[str, _Place]) -> list[Entry]:
-    return [
-        Entry(
-            tensor,
-            tuple(places[source.path] for source in tensor.sources),
-            places[tensor.by or tensor.sources[0].path].declared,
-        )
-        for tensor in tensors
-        if all(source.path in places for source in tensor.sources)
-    ]
+    found = []
+    for tensor in tensors:
+        if all(source.path in places for source in tensor.sources):
+            ours = tuple(places[source.path] for source in tensor.sources)
+            by = places[tensor.by].declared if tensor.by else ours[0].declared
+            found += [Entry(one, ours, by) for one in tensor.numbered(ours[0].declared.shape[0])]
+    return found
 
 
 def read_parameters(family: Family, model: LanguageModel, source: TensorSource, where: str) -> Parameters:
@@ -122,7 +120,8 @@ class Names:
 
     def __init__(self, family: Family, source: TensorSource, where: str):
         self._family, self._source, self._where = family, source, where
-        self._left = set(source.shapes)
+        # A map to or from nothing has no values, and a model that lacks it is the same.
+        self._left = {name for name, shape in source.shapes.items() if 0 not in shape}
         based = any(name.startswith(family.prefix) for name in source.shapes)
         self._strip = "" if based else family.prefix
 

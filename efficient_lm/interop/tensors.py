@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -46,29 +47,37 @@ class TensorSource(Protocol):
 class SafetensorsFolder:
     """The tensors of a folder in Hugging Face format.
 
-    A file is opened for each read and closed again, so that its pages do not stay in memory beside the parameters.
+    What is read is copied from its place in the file, so that no pages of it stay in memory beside the parameters.
 
     Raises:
         CheckpointError: no weights, pickled ones, a missing, torn or truncated file, an element type that is not read.
     """
 
     def __init__(self, folder: Path):
-        self._files: dict[str, Path] = {}
+        self._places: dict[str, tuple[Path, int]] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, str] = {}
         listed = _listed(folder)
         for file in dict.fromkeys(listed.values()) if listed else [_single(folder)]:
-            for name, shape, dtype in _header(file):
+            for name, shape, dtype, offset in _header(file):
                 if listed is None or listed.get(name) == file:
-                    self._files[name], self.shapes[name], self.dtypes[name] = file, shape, dtype
+                    self._places[name], self.shapes[name], self.dtypes[name] = (file, offset), shape, dtype
         for name, file in (listed or {}).items():
             if name not in self.shapes:
                 raise CheckpointError(f"{file}: does not hold '{name}', which {_INDEX} says it does")
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Rows `start` to `stop` of a tensor, in its own dtype."""
-        with _opened(self._files[name]) as file:
-            return file.get_slice(name)[start:stop] if self.shapes[name] else file.get_tensor(name)
+        (file, offset), shape, dtype = self._places[name], self.shapes[name], DTYPES[self.dtypes[name]]
+        row = math.prod(shape[1:]) * dtype.itemsize
+        if shape:
+            start, stop, _ = slice(start, stop).indices(shape[0])
+            shape = (max(stop - start, 0), *shape[1:])
+        try:
+            content = np.fromfile(file, np.uint8, math.prod(shape) * dtype.itemsize, offset=offset + start * row)
+        except OSError as error:
+            raise CheckpointError(f"{file}: cannot be read: {error.strerror or error}") from error
+        return content.view(dtype).reshape(shape)
 
 
 def _listed(folder: Path) -> dict[str, Path] | None:
@@ -100,15 +109,24 @@ def _single(folder: Path) -> Path:
     raise CheckpointError(f"{folder}: no weights: neither {_WEIGHTS} nor {_INDEX}")
 
 
-def _header(file: Path) -> Iterator[tuple[str, tuple[int, ...], str]]:
-    """Name, shape and dtype of every tensor of a file."""
+def _header(file: Path) -> Iterator[tuple[str, tuple[int, ...], str, int]]:
+    """Name, shape and dtype of every tensor of a file, and the byte where it begins."""
     with _opened(file) as opened:
+        offsets = _offsets(file)
         for name in opened.keys():  # noqa: SIM118  (not a mapping)
             piece = opened.get_slice(name)
             code = piece.get_dtype()
             if code not in _CODES:
                 raise CheckpointError(f"{file}: '{name}' has elements of type {code}; {', '.join(_CODES)} are read")
-            yield name, tuple(piece.get_shape()), _CODES[code]
+            yield name, tuple(piece.get_shape()), _CODES[code], offsets[name]
+
+
+def _offsets(file: Path) -> dict[str, int]:
+    """The byte where each tensor begins: behind the header, which is JSON behind its own length."""
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        entries = json.loads(opened.read(length))
+    return {name: 8 + length + entry["data_offsets"][0] for name, entry in entries.items() if name != "__metadata__"}
 
 
 def _opened(file: Path) -> Any:
@@ -123,12 +141,13 @@ def _opened(file: Path) -> Any:
 def write_safetensors(folder: Path, tensors: Iterable[tuple[str, np.ndarray]], shard_bytes: int = SHARD_BYTES) -> None:
     """Write tensors, one file's worth in memory at a time: `model.safetensors`, or shards and their index."""
     shards: list[list[str]] = []
-    total, held = 0, {}
+    total, size, held = 0, 0, {}
     for name, tensor in tensors:
-        if held and _bytes(held) + tensor.nbytes > shard_bytes:
+        if held and size + tensor.nbytes > shard_bytes:
             shards.append(_write_shard(folder, len(shards), held))
-            held = {}
+            size, held = 0, {}
         held[name] = tensor
+        size += tensor.nbytes
         total += tensor.nbytes
     shards.append(_write_shard(folder, len(shards), held))
     if len(shards) == 1:
@@ -152,10 +171,6 @@ def _write_shard(folder: Path, number: int, tensors: dict[str, np.ndarray]) -> l
 
 def _part(folder: Path, number: int) -> Path:
     return folder / f"part-{number}.safetensors"
-
-
-def _bytes(tensors: dict[str, np.ndarray]) -> int:
-    return sum(tensor.nbytes for tensor in tensors.values())
 
 
 def _line(error: BaseException) -> str:

@@ -105,14 +105,8 @@ REFUSED = [
     ("gpt_neox", {"head_dim": 16}, "head_dim: 16 is not supported"),
     ("gpt2", {"add_cross_attention": True}, "add_cross_attention: True"),
     ("gpt2", {"activation_function": "gelu_10"}, "activation_function: 'gelu_10'"),
-    ("qwen3_next_dense", {"mlp_only_layers": [0, 2]},
-     "mlp_only_layers: [0, 2] leaves experts in layer 1: mixture of experts is not supported"),
-    ("kimi_linear_dense", {"mlp_layer_types": ["dense", "sparse"] * 2},
-     "mlp_layer_types: 'sparse': mixture of experts is not supported"),
     ("kimi_linear_dense", {"layer_types": ..., "linear_attn_config": {"full_attn_layers": [4], "kda_layers": [1]}},
      "linear_attn_config: neither full_attn_layers nor kda_layers lists layer 2"),
-    ("deepseek_v3_dense", {"first_k_dense_replace": 1},
-     "first_k_dense_replace: 1 of 2 layers have no experts: mixture of experts is not supported"),
     ("deepseek_v3_dense", {"num_key_value_heads": 2}, "num_key_value_heads: 2 is not supported"),
 ]  # fmt: skip
 

@@ -47,7 +47,7 @@ OPTIONS = [
     (MINIMAX, {"layer_types": None}, kinds, ["attention", "lightning"] * 2),
     (MINIMAX, {"sliding_window": 5}, lambda s: s.layers()[1].mixer.window, 5),
     (MINIMAX, {"head_dim": 16}, lambda s: s.layers()[0].mixer.state_shape(32), (4, 16, 16)),
-    (MINIMAX, {"hidden_act": "relu"}, lambda s: (s.layers()[0].mixer.value_activation, s.layers()[0].ffn.kind),
+    (MINIMAX, {"hidden_act": "relu"}, lambda s: (s.layers()[0].mixer.value_activation, s.layers()[0].ffn.expert.kind),
      ("relu", "reglu")),
     (MINIMAX, {"full_attn_beta_factor": 3, "mlp_beta_factor": 2}, lambda s: s.layers()[1].residual_multiplier.mixer, 3),
 ]  # fmt: skip
@@ -67,8 +67,6 @@ REFUSED = [
      "rope_parameters.rope_type: 'linear' is not supported; default is"),
     (RECURRENT_GEMMA, {"lru_width": 30}, "mixer.heads: 4 do not divide 30 inner channels"),
     (LFM2, {"layer_types": ["conv", "mamba", "conv", "conv"]}, "layer_types: 'mamba' is not supported"),
-    (MINIMAX, {"num_local_experts": 8}, "num_local_experts: 8: mixture of experts is not supported"),
-    (MINIMAX, {"num_local_experts": ...}, "num_local_experts: 8: mixture of experts is not supported"),
 ]  # fmt: skip
 
 

@@ -100,14 +100,6 @@ REFUSED = [
     ("falcon_h1", {"mamba_d_ssm": 48}, "mamba_d_head: 8 heads of 8 are not mamba_d_ssm = 48"),
     ("falcon_h1", {"key_multiplier": -1.0}, "key_multiplier: -1.0 is not supported"),
     ("falcon_h1", {"mlp_multipliers": [1.0]}, "mlp_multipliers: [1.0] is not a list of 2 numbers"),
-    ("jamba_dense", {"num_experts": 16}, "num_experts: 16: mixture of experts is not supported"),
-    ("jamba_dense", {"num_experts": ...}, "num_experts: 16: mixture of experts is not supported"),
-    ("nemotron_h_dense", {"layers_block_type": ["linear_attention", "moe"]}, "layers_block_type: moe: mixture"),
-    (
-        "nemotron_h_dense",
-        {"layers_block_type": ..., "hybrid_override_pattern": "ME*-"},
-        "hybrid_override_pattern: moe: mix",
-    ),
     ("nemotron_h_dense", {"layers_block_type": ["conv"]}, "layers_block_type: 'conv' is not supported"),
     ("nemotron_h_dense", {"mamba_d_conv": 3}, "mamba_d_conv: 3 is not supported"),
 ]

@@ -1,10 +1,11 @@
 """Bamba (IBM, Princeton, UIUC 2024): Mamba-2 layers with a few of attention between them, each with a gated MLP."""
 
-from efficient_lm.interop.description import Tensor, linear, norm, table
+from efficient_lm.interop.description import Tensor, norm, table
 from efficient_lm.interop.families.base import Family
-from efficient_lm.interop.families.llama import MODEL, RMS, attention, shape
+from efficient_lm.interop.families.llama import MODEL, RMS, attention, gated_mlp, shape
 from efficient_lm.interop.families.mamba2 import Heads, duality, step_limit
-from efficient_lm.interop.keys import ACTIVATIONS, GATED, Binding, Config, Named, Pattern, Spread, count, key
+from efficient_lm.interop.keys import ACTIVATIONS, Binding, Config, Named, Spread, count, gated, key
+from efficient_lm.interop.placement import Pattern
 from efficient_lm.interop.rotary import Rotary
 
 TENSORS: tuple[Tensor, ...] = (
@@ -12,18 +13,17 @@ TENSORS: tuple[Tensor, ...] = (
     *norm("model.final_layernorm", "head.norm"),
     *table("lm_head.weight", "head.weight", "torch"),
 )
-FEED_FORWARD: tuple[Tensor, ...] = (
+NORMS: tuple[Tensor, ...] = (
     *norm("input_layernorm", "mixer.input_norm"),
     *norm("pre_ff_layernorm", "ffn.input_norm"),
-    *linear("feed_forward.gate_proj", "ffn.inner.gate_up", 0),
-    *linear("feed_forward.up_proj", "ffn.inner.gate_up", 1),
-    *linear("feed_forward.down_proj", "ffn.inner.down"),
 )
+FEED_FORWARD: tuple[Tensor, ...] = (*NORMS, *gated_mlp("feed_forward"))
 
 
-def activated(scope: str) -> Named:
-    """`hidden_act`: of the channel mixer, and after the convolution of a mixer."""
-    meanings = {theirs: {**gated, f"{scope}.mixer.activation": ACTIVATIONS[theirs]} for theirs, gated in GATED.items()}
+def activated(scope: str, *ffns: str) -> Named:
+    """`hidden_act`: of the channel mixers at these paths (every layer's unless given), and after a convolution."""
+    kinds = gated(*(ffns or ["block.ffn"]))
+    meanings = {theirs: {**kinds[theirs], f"{scope}.mixer.activation": ours} for theirs, ours in ACTIVATIONS.items()}
     return Named("hidden_act", meanings, "silu")
 
 

@@ -12,6 +12,7 @@ from efficient_lm.validation import validate
 
 IGNORED_BY_OURS = (
     "remat", "remat_names", "scan", "init_std", "embedding_std", "implementation", "chunk_size", "lambda_std",
+    "balance",
 )  # fmt: skip
 """Values of a spec that do not change what a model with given parameters computes."""
 

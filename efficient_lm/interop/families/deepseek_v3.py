@@ -1,10 +1,24 @@
-"""DeepSeek-V3 (DeepSeek-AI 2024): multi-head latent attention. Models with experts are refused."""
+"""DeepSeek-V3 (DeepSeek-AI 2024): multi-head latent attention, and experts in all layers but the first few."""
 
 from efficient_lm.errors import ConfigError
 from efficient_lm.interop.description import InterleavedByHead, Rows, Tensor, fused, linear, norm
+from efficient_lm.interop.experts import CORRECTED, FFN_KINDS, SIGMOID, Shared, gated_experts, grouped, router
 from efficient_lm.interop.families.base import Family
-from efficient_lm.interop.families.llama import GATED_MLP, MODEL, PRE_NORMS, RMS, TENSORS
-from efficient_lm.interop.keys import GATED, Binding, Config, Dense, Depth, Draft, Layers, Named, Spread, count, key
+from efficient_lm.interop.families.llama import GATED_MLP, MODEL, PRE_NORMS, RMS, TENSORS, gated_mlp
+from efficient_lm.interop.keys import (
+    Always,
+    Binding,
+    Config,
+    Draft,
+    Inexpressible,
+    Layers,
+    Named,
+    Spread,
+    count,
+    gated,
+    key,
+)
+from efficient_lm.interop.placement import Pattern
 from efficient_lm.interop.rotary import Rotary
 
 LATENT_NORM = {"kind": "rmsnorm", "epsilon": 1e-6}
@@ -70,25 +84,39 @@ class Mscale:
                 config[name]["mscale_all_dim"] = value
 
 
-def experts(config: Config) -> str | None:
-    """The key that leaves experts in the last layers."""
+def _names(config: Config) -> list[str]:
     layers, dense = count(config, "num_hidden_layers", 61), config.get("first_k_dense_replace", 3)
-    return f"first_k_dense_replace: {dense} of {layers} layers have no experts" if dense < layers else None
+    return ["dense" if layer < dense else "sparse" for layer in range(layers)]
 
+
+def _keys(names: list[str]) -> Config:
+    dense = names.count("dense")
+    if "dense" in names[dense:]:
+        raise Inexpressible("layout", names)
+    return {"num_hidden_layers": len(names), "first_k_dense_replace": dense}
+
+
+ATTEND = (*LATENT, *PRE_NORMS)
 
 FAMILY = Family(
     model_type="deepseek_v3",
     architecture="DeepseekV3ForCausalLM",
     model=MODEL,
     block={"mixer": {"kind": "multi_latent", "norm": LATENT_NORM}, "norm": RMS},
+    kinds=FFN_KINDS,
     keys=(
         key("vocab_size", "vocab_size", default=129280),
         key("hidden_size", "width", default=7168),
-        key("intermediate_size", "block.ffn.hidden", default=18432),
-        Depth("num_hidden_layers", 61),
-        Dense(experts, lambda layers: {"first_k_dense_replace": layers}),
+        key("intermediate_size", "dense.ffn.hidden", default=18432),
+        Pattern(_names, _keys),
         *latent("block", 128, 1536),
-        Named("hidden_act", GATED, "silu"),
+        Named("hidden_act", gated("dense.ffn", "sparse.ffn.expert"), "silu"),
+        Always({"sparse.ffn.router": SIGMOID, "sparse.ffn.balance": CORRECTED}),
+        key("n_routed_experts", "sparse.ffn.experts", default=256, others=("num_local_experts",)),
+        key("num_experts_per_tok", "sparse.ffn.top_k", default=8),
+        key("moe_intermediate_size", "sparse.ffn.expert.hidden", default=2048),
+        *grouped("sparse", (8, 4), 2.5),
+        Shared("n_shared_experts", 1, "sparse", units=False),
         key("rms_norm_eps", "final_norm.epsilon", "block.norm.epsilon", default=1e-6),
         key("tie_word_embeddings", "tied", default=False),
         Rotary(),
@@ -97,7 +125,15 @@ FAMILY = Family(
         Spread(),
     ),
     tensors=TENSORS,
-    layer_tensors=(*LATENT, *GATED_MLP, *PRE_NORMS),
+    layer_tensors={
+        "sparse": (
+            *ATTEND,
+            *router("mlp.gate"),
+            *gated_experts("mlp.experts.{}"),
+            *gated_mlp("mlp.shared_experts", "ffn.inner.shared"),
+        ),
+        "dense": (*ATTEND, *GATED_MLP),
+    },
     # The module that predicts a second token lies in a layer after the last.
     ignored=(r"rotary_emb\.inv_freq$", r"^model\.layers\.61\."),
 )

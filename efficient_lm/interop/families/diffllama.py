@@ -14,7 +14,8 @@ from efficient_lm.interop.families.llama import (
     common,
     shape,
 )
-from efficient_lm.interop.keys import Depth, key
+from efficient_lm.interop.keys import key
+from efficient_lm.interop.placement import Depth
 
 LAMBDAS = tuple(
     Tensor(f"self_attn.lambda_{letter}{index + 1}", (Source(f"mixer.inner.lambda_{name}", index),), "vector")

@@ -8,7 +8,8 @@ from efficient_lm.interop.families.bamba import FEED_FORWARD, TENSORS, attended,
 from efficient_lm.interop.families.base import Family
 from efficient_lm.interop.families.llama import MODEL, RMS, attention
 from efficient_lm.interop.families.mamba2 import duality
-from efficient_lm.interop.keys import Config, Depth, Draft, Layers, count, key
+from efficient_lm.interop.keys import Config, Draft, Layers, count, key
+from efficient_lm.interop.placement import Depth
 from efficient_lm.interop.rotary import Rotary
 
 STATE, ATTEND = "block.mixer.first", "block.mixer.second"

@@ -2,19 +2,8 @@
 
 from efficient_lm.interop.description import Concatenated, fused, norm, table
 from efficient_lm.interop.families.base import Family
-from efficient_lm.interop.keys import (
-    PLAIN,
-    Config,
-    Depth,
-    Draft,
-    Inexpressible,
-    Layers,
-    Named,
-    Only,
-    Spread,
-    count,
-    key,
-)
+from efficient_lm.interop.keys import PLAIN, Config, Draft, Inexpressible, Layers, Named, Only, Spread, count, key
+from efficient_lm.interop.placement import Depth
 
 LAYER_NORM = {"kind": "layernorm"}
 

@@ -3,7 +3,8 @@
 from efficient_lm.errors import ConfigError
 from efficient_lm.interop.description import InterleavedByHead, fused, linear, norm, table
 from efficient_lm.interop.families.base import Family
-from efficient_lm.interop.keys import PLAIN, Config, Depth, Draft, Inexpressible, Layers, Named, Spread, count, key
+from efficient_lm.interop.keys import PLAIN, Config, Draft, Inexpressible, Layers, Named, Spread, count, key
+from efficient_lm.interop.placement import Depth
 from efficient_lm.interop.rotary import Rotary
 
 LAYER_NORM = {"kind": "layernorm"}

@@ -1,11 +1,15 @@
-"""Jamba (Lieber et al. 2024) without experts: Mamba with norms of Δ, B and C, and attention once in a period."""
+"""Jamba (Lieber et al. 2024): Mamba with norms of Δ, B and C; attention once in a period, and experts in another."""
+
+from operator import add
 
 from efficient_lm.interop.description import Tensor, norm
-from efficient_lm.interop.families.bamba import FEED_FORWARD, TENSORS, activated
+from efficient_lm.interop.experts import FFN_KINDS, Balanced, gated_experts, router
+from efficient_lm.interop.families.bamba import NORMS, TENSORS, activated
 from efficient_lm.interop.families.base import Family
-from efficient_lm.interop.families.llama import MODEL, RMS, attention, shape
+from efficient_lm.interop.families.llama import MODEL, RMS, attention, gated_mlp, shape
 from efficient_lm.interop.families.mamba import rank, selective, whole
-from efficient_lm.interop.keys import Config, Dense, Inexpressible, Pattern, Spread, count, key
+from efficient_lm.interop.keys import Always, Config, Spread, count, key, merged
+from efficient_lm.interop.placement import Pattern, crossed, every
 
 INNER_NORMS: tuple[Tensor, ...] = (
     *norm("mamba.dt_layernorm", "mixer.inner.dt_norm"),
@@ -21,36 +25,48 @@ def _names(config: Config) -> list[str]:
 
 
 def _keys(names: list[str]) -> Config:
-    """The period and the offset at which attention comes; beyond the last layer where there is none."""
-    depth = len(names)
-    places = [index for index, name in enumerate(names) if name == "attend"] or [depth]
-    period = places[1] - places[0] if len(places) > 1 else max(depth, places[0]) + 1
-    config = {"num_hidden_layers": depth, "attn_layer_period": period, "attn_layer_offset": places[0]}
-    if places[0] >= period or _names(config) != names:
-        raise Inexpressible("layout", names)
-    return config
+    period, offset = every([layer for layer, name in enumerate(names) if name == "attend"], len(names))
+    return {"num_hidden_layers": len(names), "attn_layer_period": period, "attn_layer_offset": offset}
 
 
-def _experts(config: Config) -> str | None:
-    number, period = config.get("num_experts", 16), count(config, "expert_layer_period", 2)
-    offset, layers = config.get("expert_layer_offset", 1), count(config, "num_hidden_layers", 32)
-    placed = any(index % period == offset for index in range(layers))
-    return f"num_experts: {number}" if number > 1 and placed else None
+def _experts(config: Config) -> list[str]:
+    period, offset = count(config, "expert_layer_period", 2), config.get("expert_layer_offset", 1)
+    several = config.get("num_local_experts", config.get("num_experts", 16)) > 1
+    layers = range(count(config, "num_hidden_layers", 32))
+    return ["sparse" if several and layer % period == offset else "dense" for layer in layers]
 
+
+def _expert_keys(names: list[str]) -> Config:
+    period, offset = every([layer for layer, name in enumerate(names) if name == "sparse"], len(names))
+    number = {} if "sparse" in names else {"num_experts": 1, "num_local_experts": 1}
+    return {"expert_layer_period": period, "expert_layer_offset": offset, **number}
+
+
+MIXERS = {
+    "recur": {"mixer": {"kind": "mamba", "inner_norm": RMS}},
+    "attend": {"mixer": {"kind": "attention", "position": {"kind": "none"}}},
+}
+MIXER_TENSORS = {"recur": (*NORMS, *selective("mamba"), *INNER_NORMS), "attend": (*NORMS, *attention())}
+FFNS = ("dense.ffn", "sparse.ffn.expert")
+FFN_TENSORS = {
+    "sparse": (*router("feed_forward.router"), *gated_experts("feed_forward.experts.{}")),
+    "dense": gated_mlp("feed_forward"),
+}
 
 FAMILY = Family(
     model_type="jamba",
     architecture="JambaForCausalLM",
     model=MODEL,
     block={"norm": RMS},
-    kinds={
-        "recur": {"mixer": {"kind": "mamba", "inner_norm": RMS}},
-        "attend": {"mixer": {"kind": "attention", "position": {"kind": "none"}}},
-    },
+    kinds=crossed(MIXERS, FFN_KINDS, merged),
     keys=(
-        Dense(_experts, lambda layers: {"num_experts": 1}),
         Pattern(_names, _keys),
-        *shape(65536, 4096, 32, 8, 14336, scope="attend"),
+        Pattern(_experts, _expert_keys, word=1),
+        *shape(65536, 4096, 32, 8, 14336, "attend", FFNS),
+        key("num_experts", "sparse.ffn.experts", default=16, others=("num_local_experts",)),
+        key("num_experts_per_tok", "sparse.ffn.top_k", default=2),
+        Always({"sparse.ffn.router": {"scores": "softmax", "normalize": False}}),
+        Balanced(0.001, "sparse"),
         key("head_dim", "attend.mixer.head_size", default=None),
         key("mamba_expand", "recur.mixer.expand", default=2.0, back=whole),
         key("mamba_d_state", "recur.mixer.state_size", default=16),
@@ -58,14 +74,11 @@ FAMILY = Family(
         key("mamba_d_conv", "recur.mixer.convolution", default=4),
         key("mamba_conv_bias", "recur.mixer.convolution_bias", default=True),
         key("mamba_proj_bias", "recur.mixer.bias", "recur.mixer.output_bias", default=False),
-        activated("recur"),
+        activated("recur", *FFNS),
         key("rms_norm_eps", "final_norm.epsilon", "block.norm.epsilon", "recur.mixer.inner_norm.epsilon", default=1e-6),
         key("tie_word_embeddings", "tied", default=False),
         Spread(),
     ),
     tensors=TENSORS,
-    layer_tensors={
-        "recur": (*FEED_FORWARD, *selective("mamba"), *INNER_NORMS),
-        "attend": (*FEED_FORWARD, *attention()),
-    },
+    layer_tensors=crossed(MIXER_TENSORS, FFN_TENSORS, add),
 )

@@ -1,15 +1,17 @@
-"""Kimi Linear (Kimi team 2025): Kimi delta attention, and latent attention without positions in a few layers.
+"""Kimi Linear (Kimi team 2025): Kimi delta attention, latent attention without positions now and then, and experts."""
 
-Models with experts are refused.
-"""
+from operator import add
 
 from efficient_lm.errors import ConfigError
 from efficient_lm.interop.description import linear, renamed, table
+from efficient_lm.interop.experts import CORRECTED, FFN_KINDS, SIGMOID, Shared, grouped
 from efficient_lm.interop.families.base import Family
 from efficient_lm.interop.families.deepseek_v3 import LATENT, LATENT_NORM, latent
-from efficient_lm.interop.families.llama import GATED_MLP, MODEL, PRE_NORMS, RMS, TENSORS
-from efficient_lm.interop.families.olmo_hybrid import GATED_AND_CONVOLVED, KINDS, delta_rule
-from efficient_lm.interop.keys import Config, Dense, Draft, Layers, Named, Only, Spread, count, key, listed
+from efficient_lm.interop.families.llama import GATED_MLP, MODEL, PRE_NORMS, RMS, TENSORS, gated_mlp
+from efficient_lm.interop.families.mixtral import EXPERTS
+from efficient_lm.interop.families.olmo_hybrid import KINDS, delta_rule, gated_and_convolved
+from efficient_lm.interop.keys import Always, Config, Draft, Layers, Only, Spread, key, merged
+from efficient_lm.interop.placement import crossed, listed
 
 DEPTH = 27
 NESTED = {
@@ -49,57 +51,67 @@ class Sizes:
             nested |= {older: config[name]} if name in config else {}
         if nested:
             for name, kind in (("full_attn_layers", "attend"), ("kda_layers", "recurrent")):
-                nested[name] = [index + 1 for index, found in enumerate(layers.kinds) if found == kind]
+                nested[name] = [index + 1 for index, found in enumerate(layers.words(0)) if found == kind]
             config["linear_attn_config"] = nested
 
 
-def experts(config: Config) -> str | None:
-    """The key that puts experts into some layer."""
-    layers = count(config, "num_hidden_layers", DEPTH)
-    types = config.get("mlp_layer_types")
-    if types is not None:
-        return "mlp_layer_types: 'sparse'" if "sparse" in types[:layers] else None
-    dense = config.get("first_k_dense_replace", 1)
-    return f"first_k_dense_replace: {dense} of {layers} layers have no experts" if dense < layers else None
+def ffn_type(config: Config, layer: int) -> str:
+    """The older key says how many layers at the beginning have no experts."""
+    return "dense" if layer < config.get("first_k_dense_replace", 1) else "sparse"
 
 
-COMMON = (*renamed(GATED_MLP, ("mlp.", "block_sparse_moe.")), *PRE_NORMS)
+OTHER_NAMES = {"n_group": "num_expert_group", "norm_topk_prob": "moe_renormalize"}
+"""Names that keys of other families have in this one."""
+
+MIXERS = {
+    "recurrent": {"mixer": {"kind": "kda"}},
+    "attend": {"mixer": {"kind": "multi_latent", "position": {"kind": "none"}, "norm": LATENT_NORM}},
+}
+MIXER_TENSORS = {
+    "recurrent": (
+        *delta_rule("self_attn"),
+        *linear("self_attn.f_a_proj", "mixer.inner.decay.down"),
+        *linear("self_attn.f_b_proj", "mixer.inner.decay.up"),
+        *linear("self_attn.g_a_proj", "mixer.inner.gate.down"),
+        *linear("self_attn.g_b_proj", "mixer.inner.gate.up"),
+        *table("self_attn.A_log", "mixer.inner.A_log", "by_head"),
+        *table("self_attn.dt_bias", "mixer.inner.dt_bias", "vector"),
+        *PRE_NORMS,
+    ),
+    "attend": (*LATENT, *PRE_NORMS),
+}
+FFNS = ("dense.ffn", "sparse.ffn.expert")
+FFN_TENSORS = {
+    "sparse": (*EXPERTS, *gated_mlp("block_sparse_moe.shared_experts", "ffn.inner.shared")),
+    "dense": renamed(GATED_MLP, ("mlp.", "block_sparse_moe.")),
+}
 
 FAMILY = Family(
     model_type="kimi_linear",
     architecture="KimiLinearForCausalLM",
     model=MODEL,
     block={"norm": RMS},
-    kinds={
-        "recurrent": {"mixer": {"kind": "kda"}},
-        "attend": {"mixer": {"kind": "multi_latent", "position": {"kind": "none"}, "norm": LATENT_NORM}},
-    },
+    kinds=crossed(MIXERS, FFN_KINDS, merged),
     keys=(
         key("vocab_size", "vocab_size", default=163840),
         key("hidden_size", "width", default=2304),
-        key("intermediate_size", "block.ffn.hidden", default=9216),
+        key("intermediate_size", "dense.ffn.hidden", default=9216),
         listed("layer_types", KINDS, layer_type, DEPTH),
-        Dense(experts, lambda layers: {"mlp_layer_types": ["dense"] * layers, "first_k_dense_replace": layers}),
+        listed("mlp_layer_types", {"dense": "dense", "sparse": "sparse"}, ffn_type, DEPTH, word=1),
         Sizes(),
         *latent("attend", 32, None),
-        Named("hidden_act", GATED_AND_CONVOLVED, "silu"),
+        gated_and_convolved(*FFNS),
+        Always({"sparse.ffn.router": SIGMOID, "sparse.ffn.balance": CORRECTED}),
+        key("num_local_experts", "sparse.ffn.experts", default=256, others=("num_experts",)),
+        key("num_experts_per_tok", "sparse.ffn.top_k", default=8, others=("num_experts_per_token",)),
+        key("moe_intermediate_size", "sparse.ffn.expert.hidden", default=1024),
+        *grouped("sparse", (1, 1), 2.446, lambda name: (OTHER_NAMES[name],)),
+        Shared("n_shared_experts", 1, "sparse", units=False, others=("num_shared_experts",)),
         key("rms_norm_eps", "final_norm.epsilon", "block.norm.epsilon", "recurrent.mixer.epsilon", default=1e-5),
         # The reference has a head of its own whatever this says.
         Only("tie_word_embeddings", (False, True), False),
         Spread(),
     ),
     tensors=TENSORS,
-    layer_tensors={
-        "recurrent": (
-            *delta_rule("self_attn"),
-            *linear("self_attn.f_a_proj", "mixer.inner.decay.down"),
-            *linear("self_attn.f_b_proj", "mixer.inner.decay.up"),
-            *linear("self_attn.g_a_proj", "mixer.inner.gate.down"),
-            *linear("self_attn.g_b_proj", "mixer.inner.gate.up"),
-            *table("self_attn.A_log", "mixer.inner.A_log", "by_head"),
-            *table("self_attn.dt_bias", "mixer.inner.dt_bias", "vector"),
-            *COMMON,
-        ),
-        "attend": (*LATENT, *COMMON),
-    },
+    layer_tensors=crossed(MIXER_TENSORS, FFN_TENSORS, add),
 )

@@ -3,7 +3,8 @@
 from efficient_lm.interop.description import fused, linear, norm, table
 from efficient_lm.interop.families.base import Family
 from efficient_lm.interop.families.llama import RMS, shape
-from efficient_lm.interop.keys import Config, Draft, Layers, Spread, count, key, listed, lookup
+from efficient_lm.interop.keys import Config, Draft, Layers, Spread, count, key, lookup
+from efficient_lm.interop.placement import listed
 from efficient_lm.interop.rotary import Rotary
 
 KINDS = {"conv": "convolve", "full_attention": "attend"}

@@ -1,8 +1,11 @@
 """Llama (Touvron et al. 2023), and what its many relatives share with it."""
 
+from collections.abc import Sequence
+
 from efficient_lm.interop.description import Tensor, linear, norm, table
 from efficient_lm.interop.families.base import Family
-from efficient_lm.interop.keys import GATED, Binding, Depth, Named, Spread, key
+from efficient_lm.interop.keys import Binding, Named, Spread, gated, key
+from efficient_lm.interop.placement import Depth
 from efficient_lm.interop.rotary import Rotary
 
 RMS = {"kind": "rmsnorm"}
@@ -31,11 +34,18 @@ QK_NORM: tuple[Tensor, ...] = (
     *norm("self_attn.q_norm", "mixer.inner.query_norm"),
     *norm("self_attn.k_norm", "mixer.inner.key_norm"),
 )
-GATED_MLP: tuple[Tensor, ...] = (
-    *linear("mlp.gate_proj", "ffn.inner.gate_up", 0),
-    *linear("mlp.up_proj", "ffn.inner.gate_up", 1),
-    *linear("mlp.down_proj", "ffn.inner.down"),
-)
+
+
+def gated_mlp(theirs: str = "mlp", ours: str = "ffn.inner") -> tuple[Tensor, ...]:
+    """The maps of a gated channel mixer whose names begin with `theirs`."""
+    return (
+        *linear(f"{theirs}.gate_proj", f"{ours}.gate_up", 0),
+        *linear(f"{theirs}.up_proj", f"{ours}.gate_up", 1),
+        *linear(f"{theirs}.down_proj", f"{ours}.down"),
+    )
+
+
+GATED_MLP = gated_mlp()
 PRE_NORMS: tuple[Tensor, ...] = (
     *norm("input_layernorm", "mixer.input_norm"),
     *norm("post_attention_layernorm", "ffn.input_norm"),
@@ -43,25 +53,44 @@ PRE_NORMS: tuple[Tensor, ...] = (
 
 
 def shape(
-    vocab: int, width: int, heads: int, kv_heads: int | None, hidden: int, scope: str = "block"
+    vocab: int,
+    width: int,
+    heads: int,
+    kv_heads: int | None,
+    hidden: int,
+    scope: str = "block",
+    ffns: Sequence[str] = ("block.ffn",),
 ) -> tuple[Binding, ...]:
-    """Sizes that all relatives name alike, with the defaults of a family; `scope` is the kind of layer that attends."""
+    """Sizes that all relatives name alike, with the defaults of a family.
+
+    Args:
+        scope: the kind of layer that attends.
+        ffns: paths of the channel mixers that have the hidden size.
+    """
     return (
         key("vocab_size", "vocab_size", default=vocab),
         key("hidden_size", "width", default=width),
         key("num_attention_heads", f"{scope}.mixer.heads", default=heads),
         key("num_key_value_heads", f"{scope}.mixer.kv_heads", default=kv_heads),
-        key("intermediate_size", "block.ffn.hidden", default=hidden),
+        key("intermediate_size", *(f"{path}.hidden" for path in ffns), default=hidden),
     )
 
 
-def common(epsilon: float, *norms: str) -> tuple[Binding, ...]:
-    """What all relatives name alike besides; `norms` are paths of norms that share the epsilon with the blocks'."""
+def common(
+    epsilon: float, *norms: str, ffns: Sequence[str] = ("block.ffn",), theta: float = 10000.0
+) -> tuple[Binding, ...]:
+    """What all relatives name alike besides.
+
+    Args:
+        norms: paths of norms that share the epsilon with the blocks'.
+        ffns: paths of the channel mixers.
+        theta: the default base of rotary positions.
+    """
     return (
-        Named("hidden_act", GATED, "silu"),
+        Named("hidden_act", gated(*ffns), "silu"),
         key("rms_norm_eps", "final_norm.epsilon", "block.norm.epsilon", *norms, default=epsilon),
         key("tie_word_embeddings", "tied", default=False),
-        Rotary(),
+        Rotary(theta=theta),
         Spread(),
     )
 

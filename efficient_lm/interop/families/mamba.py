@@ -2,7 +2,8 @@
 
 from efficient_lm.interop.description import Rows, Source, Tensor, fused, linear, norm, table
 from efficient_lm.interop.families.base import Family
-from efficient_lm.interop.keys import ACTIVATIONS, Binding, Depth, Inexpressible, Named, Spread, key
+from efficient_lm.interop.keys import ACTIVATIONS, Binding, Inexpressible, Named, Spread, key
+from efficient_lm.interop.placement import Depth
 
 RMS = {"kind": "rmsnorm"}
 MODEL = {"final_norm": RMS}

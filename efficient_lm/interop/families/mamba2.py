@@ -8,7 +8,8 @@ from efficient_lm.errors import ConfigError
 from efficient_lm.interop.description import Rows, Tensor, fused, linear, norm, table
 from efficient_lm.interop.families.base import Family
 from efficient_lm.interop.families.mamba import MODEL, RMS, TENSORS, convolution, convolved
-from efficient_lm.interop.keys import ABSENT, Binding, Config, Depth, Draft, Inexpressible, Layers, Spread, count, key
+from efficient_lm.interop.keys import ABSENT, Binding, Config, Draft, Inexpressible, Layers, Spread, count, key
+from efficient_lm.interop.placement import Depth
 
 UNBOUNDED = {"__float__": "Infinity"}
 """How transformers 5 writes infinity; older configs have the literal, which is no JSON."""

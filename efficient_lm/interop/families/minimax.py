@@ -1,24 +1,12 @@
-"""MiniMax-01: lightning attention, and softmax attention in some layers; the residual stream itself is normed.
-
-Models of several experts are refused; the weights of a single one are those of a dense channel mixer.
-"""
+"""MiniMax-01: lightning attention, softmax attention in some layers, and experts; the stream itself is normed."""
 
 from efficient_lm.interop.description import InterleavedByHead, Source, Tensor, linear, norm
+from efficient_lm.interop.experts import NOISE, SOFTMAX, Balanced
 from efficient_lm.interop.families.base import Family
 from efficient_lm.interop.families.llama import ATTENTION, RMS, TENSORS, shape
-from efficient_lm.interop.keys import (
-    ACTIVATIONS,
-    GATED,
-    Config,
-    Dense,
-    Draft,
-    Layers,
-    Named,
-    Spread,
-    get,
-    key,
-    listed,
-)
+from efficient_lm.interop.families.mixtral import EXPERTS
+from efficient_lm.interop.keys import ACTIVATIONS, Config, Draft, Layers, Named, Spread, gated, get, key
+from efficient_lm.interop.placement import listed
 from efficient_lm.interop.rotary import Rotary
 
 KINDS = {"linear_attention": "recurrent", "full_attention": "attend"}
@@ -30,15 +18,17 @@ PREFIXES = {"recurrent": "linear_attn", "attend": "full_attn"}
 MULTIPLIERS = {"alpha": "stream_multiplier", "beta": "residual_multiplier"}
 """How factors end → which of ours they are."""
 
+EXPERT = "block.ffn.expert"
+
 ACTIVATION = {
     theirs: {
-        **gated,
+        **kinds,
         "recurrent.mixer.activation": ACTIVATIONS[theirs],
         "recurrent.mixer.value_activation": ACTIVATIONS[theirs],
     }
-    for theirs, gated in GATED.items()
+    for theirs, kinds in gated(EXPERT).items()
 }
-"""Activation of the channel mixer, which is also that of lightning attention's queries, keys and values."""
+"""Activation of the experts, which is also that of lightning attention's queries, keys and values."""
 
 SIZES = ("attend.mixer.head_size", "recurrent.mixer.key_size", "recurrent.mixer.value_size")
 
@@ -46,12 +36,6 @@ SIZES = ("attend.mixer.head_size", "recurrent.mixer.key_size", "recurrent.mixer.
 def layer_type(config: Config, layer: int) -> str:
     """Every other layer is linear."""
     return "linear_attention" if layer % 2 else "full_attention"
-
-
-def experts(config: Config) -> str | None:
-    """How many experts there are, if several."""
-    count = config.get("num_local_experts", 8)
-    return None if count == 1 else f"num_local_experts: {count}"
 
 
 class Factors:
@@ -70,11 +54,6 @@ class Factors:
                 config |= {f"{PREFIXES[kind]}_{end}_factor": mixer, f"mlp_{end}_factor": ffn}
 
 
-EXPERT: tuple[Tensor, ...] = (
-    *linear("block_sparse_moe.experts.0.w1", "ffn.inner.gate_up", 0),
-    *linear("block_sparse_moe.experts.0.w3", "ffn.inner.gate_up", 1),
-    *linear("block_sparse_moe.experts.0.w2", "ffn.inner.down"),
-)
 NORMS: tuple[Tensor, ...] = (
     *norm("input_layernorm", "mixer.stream_norm"),
     *norm("post_attention_layernorm", "ffn.stream_norm"),
@@ -89,7 +68,7 @@ FAMILY = Family(
     model_type="minimax",
     architecture="MiniMaxForCausalLM",
     model={"final_norm": RMS},
-    block={"norm": RMS, "norm_position": "stream"},
+    block={"norm": RMS, "norm_position": "stream", "ffn": {"kind": "moe", "router": SOFTMAX}},
     kinds={
         "recurrent": {
             "mixer": {
@@ -100,10 +79,12 @@ FAMILY = Family(
         "attend": {"mixer": {"kind": "attention"}},
     },
     keys=(
-        *shape(32000, 4096, 32, 8, 14336, "attend"),
+        *shape(32000, 4096, 32, 8, 14336, "attend", [EXPERT]),
         key("num_attention_heads", "recurrent.mixer.heads", default=32),
         listed("layer_types", KINDS, layer_type, 32),
-        Dense(experts, lambda layers: {"num_local_experts": 1, "num_experts_per_tok": 1}),
+        key("num_local_experts", "block.ffn.experts", default=8, others=("num_experts",)),
+        key("num_experts_per_tok", "block.ffn.top_k", default=2),
+        Balanced(0.001),
         key("head_dim", *SIZES, default=None),
         key("sliding_window", "attend.mixer.window", default=None),
         Named("hidden_act", ACTIVATION, "silu"),
@@ -120,14 +101,14 @@ FAMILY = Family(
             *linear("self_attn.output_gate", "mixer.inner.gate"),
             *linear("self_attn.out_proj", "mixer.inner.output"),
             *norm("self_attn.norm", "mixer.inner.norm"),
-            *EXPERT,
+            *EXPERTS,
             *NORMS,
         ),
-        "attend": (*ATTENTION, *EXPERT, *NORMS),
+        "attend": (*ATTENTION, *EXPERTS, *NORMS),
     },
     ignored=(
         r"rotary_emb\.inv_freq$",
         r"self_attn\.(slope_rate|query_decay|key_decay|diagonal_decay)$",
-        r"block_sparse_moe\.gate\.weight$",
     ),
+    dropouts=("attention_dropout", *NOISE),
 )  # fmt: skip

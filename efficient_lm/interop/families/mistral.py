@@ -12,7 +12,8 @@ from efficient_lm.interop.families.llama import (
     common,
     shape,
 )
-from efficient_lm.interop.keys import Depth, Only, key
+from efficient_lm.interop.keys import Only, key
+from efficient_lm.interop.placement import Depth
 
 FAMILY = Family(
     model_type="mistral",

@@ -1,15 +1,17 @@
-"""Nemotron-H (NVIDIA 2025) without experts: Mamba-2, attention and MLP, each a layer by itself, in any order."""
+"""Nemotron-H (NVIDIA 2025): Mamba-2, attention, MLP and experts, each a layer by itself, in any order."""
 
 from efficient_lm.errors import ConfigError, nearest
-from efficient_lm.interop.description import linear, norm
+from efficient_lm.interop.description import Tensor, each, linear, norm
+from efficient_lm.interop.experts import CORRECTED, SIGMOID, Shared, grouped, router
 from efficient_lm.interop.families.base import Family
 from efficient_lm.interop.families.llama import MODEL, RMS, attention
 from efficient_lm.interop.families.mamba import TENSORS, convolved
 from efficient_lm.interop.families.mamba2 import duality
-from efficient_lm.interop.keys import ACTIVATIONS, Config, Inexpressible, Named, Only, Pattern, Spread, key
+from efficient_lm.interop.keys import ACTIVATIONS, Always, Config, Inexpressible, Named, Only, Spread, key
+from efficient_lm.interop.placement import Pattern
 
 KINDS = {"linear_attention": "recur", "mamba": "recur", "full_attention": "attend", "attention": "attend"}
-KINDS |= {"mlp": "feed"}
+KINDS |= {"mlp": "feed", "moe": "route"}
 """Type of a layer → name of our block; transformers before 5 has the shorter names."""
 
 LETTERS = {"M": "linear_attention", "*": "full_attention", "-": "mlp", "E": "moe"}
@@ -24,16 +26,24 @@ def _names(config: Config) -> list[str]:
         name, letters = "hybrid_override_pattern", config.get("hybrid_override_pattern", "ME*-")
         types = [LETTERS.get(letter, letter) for letter in letters]
     for kind in types:
-        if kind == "moe":
-            raise ConfigError(f"{name}: moe: mixture of experts is not supported")
         if kind not in KINDS:
             raise ConfigError(f"{name}: '{kind}' is not supported; {nearest(str(kind), KINDS)}")
     return [KINDS[kind] for kind in types]
 
 
 def _keys(names: list[str]) -> Config:
-    theirs = {"recur": "linear_attention", "attend": "full_attention", "feed": "mlp"}
+    theirs = {"recur": "linear_attention", "attend": "full_attention", "feed": "mlp", "route": "moe"}
     return {"layers_block_type": [theirs[name] for name in names]}
+
+
+ACTIVATION = {
+    theirs: {"feed.ffn.activation": ours, "route.ffn.expert.activation": ours} for theirs, ours in ACTIVATIONS.items()
+}
+
+
+def mlp(theirs: str, ours: str) -> tuple[Tensor, ...]:
+    """A plain channel mixer."""
+    return (*linear(f"{theirs}.up_proj", f"{ours}.up"), *linear(f"{theirs}.down_proj", f"{ours}.down"))
 
 
 def _least(limit: list[float | None]) -> float:
@@ -51,6 +61,7 @@ FAMILY = Family(
         "recur": {"mixer": {"kind": "mamba2"}, "ffn": None},
         "attend": {"mixer": {"kind": "attention", "position": {"kind": "none"}}, "ffn": None},
         "feed": {"mixer": None, "ffn": {"kind": "mlp"}},
+        "route": {"mixer": None, "ffn": {"kind": "moe"}},
     },
     keys=(
         Pattern(_names, _keys),
@@ -61,8 +72,15 @@ FAMILY = Family(
         key("num_key_value_heads", "attend.mixer.kv_heads", default=8),
         key("head_dim", "attend.mixer.head_size", default=128),
         key("intermediate_size", "feed.ffn.hidden", default=21504),
-        Named("mlp_hidden_act", {theirs: {"feed.ffn.activation": a} for theirs, a in ACTIVATIONS.items()}, "relu2"),
-        key("mlp_bias", "feed.ffn.bias", default=False),
+        Named("mlp_hidden_act", ACTIVATION, "relu2"),
+        Always({"route.ffn.router": SIGMOID, "route.ffn.balance": CORRECTED, "route.ffn.expert.kind": "mlp"}),
+        key("n_routed_experts", "route.ffn.experts", default=8, others=("num_local_experts",)),
+        key("num_experts_per_tok", "route.ffn.top_k", default=2),
+        key("moe_intermediate_size", "route.ffn.expert.hidden", default=7688),
+        key("moe_latent_size", "route.ffn.latent", default=None),
+        *grouped("route", (1, 1), 1.0),
+        Shared("moe_shared_expert_intermediate_size", 7688, "route"),
+        key("mlp_bias", "feed.ffn.bias", "route.ffn.shared.bias", "route.ffn.latent_bias", default=False),
         key("mamba_num_heads", "recur.mixer.heads", default=128),
         key("mamba_head_dim", "recur.mixer.head_size", default=64),
         key("n_groups", "recur.mixer.groups", default=8),
@@ -82,10 +100,14 @@ FAMILY = Family(
     layer_tensors={
         "recur": (*norm("norm", "mixer.input_norm"), *duality("mixer")),
         "attend": (*norm("norm", "mixer.input_norm"), *attention("mixer")),
-        "feed": (
+        "feed": (*norm("norm", "ffn.input_norm"), *mlp("mixer", "ffn.inner")),
+        "route": (
             *norm("norm", "ffn.input_norm"),
-            *linear("mixer.up_proj", "ffn.inner.up"),
-            *linear("mixer.down_proj", "ffn.inner.down"),
+            *router("mixer.gate"),
+            *each(*mlp("mixer.experts.{}", "ffn.inner.experts")),
+            *mlp("mixer.shared_experts", "ffn.inner.shared"),
+            *linear("mixer.fc1_latent_proj", "ffn.inner.latent_down"),
+            *linear("mixer.fc2_latent_proj", "ffn.inner.latent_up"),
         ),
     },
     layer="backbone.layers.{}.",

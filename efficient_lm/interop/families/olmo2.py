@@ -15,7 +15,8 @@ from efficient_lm.interop.families.llama import (
     common,
     shape,
 )
-from efficient_lm.interop.keys import Depth, merged
+from efficient_lm.interop.keys import merged
+from efficient_lm.interop.placement import Depth
 
 FAMILY = Family(
     model_type="olmo2",

@@ -1,21 +1,22 @@
 """OLMo Hybrid: gated DeltaNet in most layers, normed on its way in, and OLMo 2's attention, normed on its way out."""
 
-from collections.abc import Mapping
-from typing import Any
-
 from efficient_lm.interop.description import Rows, Source, Tensor, linear, norm, renamed, table
 from efficient_lm.interop.families.base import Family
 from efficient_lm.interop.families.llama import ATTENTION, GATED_MLP, MODEL, QK_NORM, RMS, TENSORS, shape
-from efficient_lm.interop.keys import ACTIVATIONS, GATED, Config, Draft, Layers, Named, Spread, count, key, listed
+from efficient_lm.interop.keys import ACTIVATIONS, Config, Draft, Layers, Named, Spread, count, gated, key
+from efficient_lm.interop.placement import listed
 from efficient_lm.interop.rotary import Rotary
 
 KINDS = {"linear_attention": "recurrent", "full_attention": "attend"}
 """Type of a layer → name of our block."""
 
-GATED_AND_CONVOLVED: Mapping[str, Mapping[str, Any]] = {
-    name: {**meaning, "recurrent.mixer.activation": ACTIVATIONS[name]} for name, meaning in GATED.items()
-}
-"""Activation of a gated channel mixer, and after short convolutions, → ours."""
+
+def gated_and_convolved(*ffns: str) -> Named:
+    """`hidden_act`: of the gated channel mixers at these paths, and after short convolutions."""
+    meanings = gated(*ffns)
+    for name, ours in ACTIVATIONS.items():
+        meanings[name]["recurrent.mixer.activation"] = ours
+    return Named("hidden_act", meanings, "silu")
 
 
 def layer_type(config: Config, layer: int) -> str:
@@ -90,7 +91,7 @@ FAMILY = Family(
         TAPS,
         key("linear_allow_neg_eigval", "recurrent.mixer.negative_eigenvalues", default=True),
         key("attention_bias", "attend.mixer.bias", "attend.mixer.output_bias", default=False),
-        Named("hidden_act", GATED_AND_CONVOLVED, "silu"),
+        gated_and_convolved("block.ffn"),
         key("rms_norm_eps", "final_norm.epsilon", "block.norm.epsilon", "attend.mixer.qk_norm.epsilon", default=1e-6),
         key("tie_word_embeddings", "tied", default=False),
         Rotary(scope="attend", optional=True),

@@ -8,18 +8,8 @@ import numpy as np
 from efficient_lm.errors import ConfigError, nearest
 from efficient_lm.interop.description import linear, norm, table
 from efficient_lm.interop.families.base import Family
-from efficient_lm.interop.keys import (
-    ACTIVATIONS,
-    GATED,
-    Config,
-    Draft,
-    Inexpressible,
-    Layers,
-    Named,
-    Pattern,
-    count,
-    key,
-)
+from efficient_lm.interop.keys import ACTIVATIONS, GATED, Config, Draft, Inexpressible, Layers, Named, count, key
+from efficient_lm.interop.placement import Pattern
 from efficient_lm.interop.rotary import Rotary
 
 RMS = {"kind": "rmsnorm", "one_plus": True}
