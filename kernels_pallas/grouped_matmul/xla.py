@@ -26,10 +26,10 @@ class _Tiles(NamedTuple):
 def default_tile(rows: int, groups: int, backend: str) -> int:
     """Rows per tile that ran fastest: see `benchmarks/grouped_matmul.py`.
 
-    A power of two no larger than the mean group, for what a tile has beyond its group is wasted; on CPUs at most 256,
-    which keeps a tile in the cache. Accelerators want large products (a choice, not a measurement).
+    A power of two no larger than the mean group, for what a tile has beyond its group is wasted; on CPUs at most 128,
+    where products are as fast as larger ones. Accelerators want large products (a choice, not a measurement).
     """
-    mean, largest = max(1, rows // groups), 256 if backend == "cpu" else 2048
+    mean, largest = max(1, rows // groups), 128 if backend == "cpu" else 2048
     return min(largest, max(8, 1 << (mean.bit_length() - 1)))
 
 

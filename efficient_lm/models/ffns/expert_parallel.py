@@ -1,11 +1,13 @@
-"""Experts divided over devices: tokens travel to their experts and back by all-to-all, and none is dropped.
+"""Tokens and experts divided over devices: tokens travel to experts and back by all-to-all, and none is dropped.
 
-The mesh axis ``expert`` divides the experts and, together with the other axes of the batch, the tokens. Each device
-sorts its tokens by expert, sends each to the device that holds the expert, runs the experts it holds on what arrives,
-and sends the results back (Lepikhin et al. 2020, "GShard", section 3.2). Every buffer is as large as the worst case,
-in which all tokens of the axis meet on one device: shapes are static, and no capacity drops anything.
+Where only tokens are divided, each device runs all experts on its own. The mesh axis ``expert`` divides the experts
+and, together with the other axes of the batch, the tokens. Each device sorts its tokens by expert, sends each to the
+device that holds the expert, runs the experts it holds on what arrives, and sends the results back (Lepikhin et al.
+2020, "GShard", section 3.2). Every buffer is as large as the worst case, in which all tokens of the axis meet on one
+device: shapes are static, and no capacity drops anything.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Literal
@@ -14,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from efficient_lm.models.ffns.experts.dispatch import dropless
 from efficient_lm.models.parameters import Parameters
 
 AXIS = "expert"
@@ -30,15 +33,26 @@ Compute = Callable[[Parameters, jax.Array, jax.Array], jax.Array]
 """``compute(params, rows [rows, width], sizes [experts])``: rows sorted by expert through their experts."""
 
 
-def ways(batch: int) -> int:
-    """Devices over which the ambient mesh divides the experts of a batch; 1 without a mesh, or if it does not divide."""
+def divided(batch: int) -> bool:
+    """Whether the ambient mesh divides a batch of so many rows; each device then routes the tokens it holds."""
     sizes = jax.sharding.get_abstract_mesh().shape
-    if sizes.get(AXIS, 1) == 1:
-        return 1
-    parts = 1
-    for axis in BATCH_AXES:
-        parts *= sizes.get(axis, 1)
-    return sizes[AXIS] if batch % parts == 0 else 1
+    parts = math.prod(sizes.get(axis, 1) for axis in BATCH_AXES)
+    return parts > 1 and batch % parts == 0
+
+
+def by_rows(function: Callable[[jax.Array], jax.Array], values: jax.Array) -> jax.Array:
+    """``function(values)``, which treats each row ``[batch, ...]`` by itself, for each device's rows on that device.
+
+    The compiler would have every device sort the rows of all.
+    """
+    if not divided(len(values)):
+        return function(values)
+    return jax.shard_map(function, in_specs=_rows(), out_specs=_rows(), check_vma=False)(values)
+
+
+def _rows() -> P:
+    mesh = jax.sharding.get_abstract_mesh()
+    return P(tuple(axis for axis in BATCH_AXES if axis in mesh.shape))
 
 
 def routed(
@@ -51,25 +65,32 @@ def routed(
         params: of all experts; every leaf has a leading axis of `count` experts.
         x: ``[batch, time, width]``.
         routes: int32 ``[batch, time, k]``, an expert each, or -1 for none.
-        count: experts there are, divided by the mesh axis ``expert``.
+        count: experts there are, divided by the mesh axis ``expert``; without one every device has them all.
 
     Returns:
         ``[batch, time, k, width]``, zeros where there is no route.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    rows = P(tuple(axis for axis in BATCH_AXES if axis in mesh.shape))
+    rows, ways = _rows(), jax.sharding.get_abstract_mesh().shape.get(AXIS, 1)
     if exchange == "auto":
         exchange = "dense" if jax.default_backend() == "cpu" else "ragged"
-    local = partial(_routed_here, compute, count=count, ways=mesh.shape[AXIS], exchange=exchange)
+    local = partial(_exchanged, compute, count=count, ways=ways, exchange=exchange)
+    local = partial(_alone, compute, count=count) if ways == 1 else local
     # The loops inside experts begin with zeros that are the same everywhere, which the check would refuse.
-    divided = jax.shard_map(local, in_specs=(P(AXIS), rows, rows), out_specs=rows, check_vma=False)
-    return divided(params, x, routes)
+    over = jax.shard_map(local, in_specs=(P(AXIS if ways > 1 else None), rows, rows), out_specs=rows, check_vma=False)
+    return over(params, x, routes)
 
 
-def _routed_here(
+def _alone(compute: Compute, params: Parameters, x: jax.Array, routes: jax.Array, *, count: int) -> jax.Array:
+    """One device's part of `routed` where it has all experts."""
+    plan = dropless(routes, count)
+    done = plan(lambda rows, groups: compute(params, rows, groups.sizes), x.reshape(-1, x.shape[-1]))
+    return done.reshape(*routes.shape, -1)
+
+
+def _exchanged(
     compute: Compute, params: Parameters, x: jax.Array, routes: jax.Array, *, count: int, ways: int, exchange: str
 ) -> jax.Array:
-    """One device's part of `routed`."""
+    """One device's part of `routed` where it has its share of them."""
     held, width, top_k = count // ways, x.shape[-1], routes.shape[-1]
     chosen = jnp.where(routes < 0, count, routes).reshape(-1)
     order = jnp.argsort(chosen, stable=True)

@@ -1,6 +1,7 @@
 """Mixture of experts: each token goes through a few of many channel mixers."""
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -199,7 +200,8 @@ class MoE(nnx.Module):
             done = self._through(x, routes, None)
         else:
             places = self._places(x)
-            ahead = dispatch.waiting(routes, spec.experts, spec.dispatch.over)
+            waiting = partial(dispatch.waiting, experts=spec.experts, over=spec.dispatch.over)
+            ahead = expert_parallel.by_rows(waiting, routes) if spec.dispatch.over == "sequence" else waiting(routes)
             dropped = (routes >= 0) & (routes < spec.experts) & (ahead >= places)
             plan = dispatch.bounded(routes, ahead, spec.experts, places, spec.dispatch.over)
             done = self._through(x, jnp.where(dropped, -1, routes), plan)
@@ -211,7 +213,7 @@ class MoE(nnx.Module):
     def _through(self, x: jax.Array, routes: jax.Array, plan: dispatch.Plan | None) -> jax.Array:
         """Every token through each of its experts, by the plan or else dropless → ``[batch, time, k, width]``."""
         experts = self.spec.experts
-        if expert_parallel.ways(len(x)) > 1:
+        if expert_parallel.divided(len(x)):
             graph, params = nnx.split(self.experts)
 
             def compute(params: Any, rows: jax.Array, sizes: jax.Array) -> jax.Array:

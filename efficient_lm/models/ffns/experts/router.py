@@ -1,6 +1,7 @@
 """Which experts a token takes, and how much of each: always in float32."""
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Literal
 
 import jax
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from efficient_lm.models.context import Context
+from efficient_lm.models.ffns.expert_parallel import by_rows
 from efficient_lm.models.layers.linear import matmul
 from efficient_lm.models.parameters import ZEROS, Initialization, parameter
 from efficient_lm.spec import Count, Positive, Spec
@@ -90,9 +92,7 @@ class Router(nnx.Module):
         ranking = jax.lax.stop_gradient(scores)
         if self.correction is not None:
             ranking = ranking + jax.lax.stop_gradient(self.correction[...])
-        if self.spec.groups > 1:
-            ranking = self._of_best_groups(ranking)
-        routes = jax.lax.top_k(ranking, top_k)[1].astype(jnp.int32)
+        routes = by_rows(partial(self._best, top_k), ranking)
         return routes, self.weighed(jnp.take_along_axis(scores, routes, axis=-1))
 
     def weighed(self, taken: jax.Array) -> jax.Array:
@@ -100,6 +100,10 @@ class Router(nnx.Module):
         if self.spec.normalize:
             taken = taken / (jnp.sum(taken, axis=-1, keepdims=True) + EPSILON)
         return taken * self.spec.scale
+
+    def _best(self, top_k: int, ranking: jax.Array) -> jax.Array:
+        ranking = self._of_best_groups(ranking) if self.spec.groups > 1 else ranking
+        return jax.lax.top_k(ranking, top_k)[1].astype(jnp.int32)
 
     def _of_best_groups(self, ranking: jax.Array) -> jax.Array:
         """Without the experts of other groups."""
