@@ -9,6 +9,8 @@ from efficient_lm.errors import ConfigError
 from efficient_lm.spec import Choice, Count, Listing, OneOf, PerLayer, Positive, Spec
 from efficient_lm.validation import validate
 
+VARYING = "a whole number or a mapping with 'start' and 'end' or with 'center'"
+
 
 class ToolSpec(Choice, role="tool"):
     pass
@@ -61,11 +63,11 @@ def test_a_valid_mapping_gives_the_spec():
         (saw(kind="sew"), "boxes.red.tool.kind: unknown tool kind 'sew'; did you mean 'saw'? valid: saw, hammer"),
         ({"boxes": {"red": {"tool": {"teeth": 1}}}}, "boxes.red.tool: expected a mapping with the key 'kind'"),
         ({"boxes": {"red": {"tool": "saw"}}}, "(valid: hammer, saw); got the text 'saw'"),
-        (saw(teeth="x"), "a whole number or a mapping with 'start' and 'end' or with 'center' or a list; got the text 'x'"),
+        (saw(teeth="x"), f"{VARYING} or a list; got the text 'x'"),
         (saw(teeth=[1, "x"]), "boxes.red.tool.teeth.1: expected a whole number; got the text 'x'"),
         (saw(teeth=0), "boxes.red.tool.teeth: expected at least 1; got 0"),
         (saw(teeth=1.5), "boxes.red.tool.teeth: expected a whole number"),
-        (saw(teeth={"start": 1}), "boxes.red.tool.teeth: expected a whole number or a mapping with 'start' and 'end' or with 'center'"),
+        (saw(teeth={"start": 1}), f"boxes.red.tool.teeth: expected {VARYING}"),
         ({"count": "3"}, "count: expected a whole number; got the text '3'"),
         ({"count": None}, "count: expected a whole number; got null"),
         ({"size": -1}, "size: expected a number above 0; got -1"),
