@@ -37,12 +37,13 @@ def with_mixture_of_depths(
     """The model with a depth rule around `layers`, for which `evaluation.attention_rank.lowest_ranks` can be asked
     (gamma-MoD; Luo et al. 2024, arXiv 2410.13859), and its parameters: those it had, and the rule's.
 
-    Routers begin so that the model computes nearly what the dense one did. With rows of text a router's score is the
-    linear map of its input that comes nearest to how much the layer changes a token, ``log(|f(x) - x| / |x|)``, in
-    tenths of a standard deviation above the value that a share of `rule.capacity` exceeds: tokens that a layer hardly
-    changes pass it by, and a score above 0 is also the decision of a single token. Without rows it is drawn, with
-    standard deviation 0.02. Scores being small, p-MoD's weights begin within a few hundredths of 1. Predictors begin as
-    in a new model, with the score's own decision.
+    Routers begin so that what runs is weighted about as before, and what passes by is what a layer changes least. With
+    rows of text a router's score is the linear map of its input that comes nearest to how much the dense layer changes
+    a token, ``log(|f(x) - x| / |x|)``, in tenths of a standard deviation above the value that a share of
+    `rule.capacity` exceeds, so that a score above 0 is also the decision of a single token. (Layers behind the first of
+    `layers` will read a stream that others have passed by, and have to learn where their threshold then is.) Without
+    rows it is drawn, with standard deviation 0.02. Scores being small, p-MoD's weights begin within a few hundredths
+    of 1. Predictors begin as in a new model, with the score's own decision.
 
     Args:
         layers: from 0; those of the capacity's list, if it is one, are in this order.

@@ -29,7 +29,10 @@ def test_palettes_go_into_the_model_and_out_of_the_config():
     values = train("ffn=mlp", "mixer.heads=4")
     layer = values["model"]["blocks"]["layer"]
     assert (layer["ffn"]["kind"], layer["mixer"]["heads"]) == ("mlp", 4)
-    assert "mixer" not in values and "ffn" not in values and "hydra" not in values
+    assert not {"mixer", "ffn", "depth", "hydra"} & values.keys()
+    assert layer["depth"] == {"kind": "none"}
+    depth = train("depth=mixture_of_depths", "depth.capacity=0.5")["model"]["blocks"]["layer"]["depth"]
+    assert (depth["kind"], depth["capacity"], depth["every"]) == ("mixture_of_depths", 0.5, 2)
 
 
 def test_values_of_any_depth_may_be_set_whether_listed_or_not():
@@ -110,9 +113,10 @@ layout: [a]
 def test_a_palette_that_nothing_reads_is_an_error(tmp_path):
     write(tmp_path / "model/own.yaml", OWN_MODEL)
     assert train("model=own", "ffn=mlp", config_dirs=[tmp_path])["model"]["blocks"]["a"]["ffn"]["kind"] == "mlp"
-    for override in ("mixer=attention", "mixer.heads=4"):
+    for override in ("mixer=attention", "mixer.heads=4", "depth=mixture_of_depths"):
         said = fault("model=own", override, config_dirs=[tmp_path])
-        assert said.startswith(f"{override}: nothing reads it: model=own names the mixer of its blocks itself")
+        palette = override.partition("=")[0].partition(".")[0]
+        assert said.startswith(f"{override}: nothing reads it: model=own names the {palette} of its blocks itself")
         assert "blocks: a" in said
     assert "nothing reads it" in fault("mixer=attention", "model.blocks.layer.mixer={kind: other}")
 

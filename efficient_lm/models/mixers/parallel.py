@@ -84,7 +84,7 @@ class Parallel(nnx.Module):
         return total, None if cache is None else new
 
     def __getattr__(self, name: str) -> Callable:
-        """`log_decay`, `entropy` and `weights` are those of the first branch that has them; without one there is none."""
+        """`log_decay`, `entropy`, `weights`: those of the first branch that has them; without one there is none."""
         if name in ("log_decay", "entropy", "weights"):
             for place, branch in self.spec.branches.items():
                 if hasattr(getattr(self, place), name):
