@@ -50,7 +50,9 @@ class LayerTypes:
             raise Inexpressible("block.mixer.window", windows)
         window = distinct[0] if distinct else None
         types = ["full_attention" if window is None else "sliding_attention" for window in windows]
-        config |= {"num_hidden_layers": len(types), "layer_types": types, "sliding_window": window}
+        config |= {"num_hidden_layers": len(types), "layer_types": types}
+        # With null, some of the reference's families do not run, even if no layer looks through a window.
+        config |= {} if window is None else {"sliding_window": window}
         config |= self.beside(window, types)
 
 

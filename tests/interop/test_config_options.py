@@ -100,6 +100,7 @@ REFUSED = [
     ("qwen3", {"layer_types": ["chunked_attention", "full_attention"]}, "'chunked_attention' is not supported"),
     ("qwen3", {"layer_types": ["full_attention"]}, "layer_types: lists 1 layers"),
     ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention: True"),
+    ("llama", {"is_causal": False}, "is_causal: False"),
     ("gemma3", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping: 50.0"),
     ("mistral", {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
     ("gpt_neox", {"head_dim": 16}, "head_dim: 16 is not supported"),
@@ -157,6 +158,15 @@ def test_both_generations_of_rotary_keys_agree(name, kind):
     assert family.spec({key: value for key, value in written.items() if key != "rope_parameters"}) == spec_of(
         name, **older
     )
+
+
+@pytest.mark.parametrize(("name", "depth"), [("gemma2", 2), ("gemma3", 7), ("gpt_oss", 2)])
+def test_a_window_that_no_layer_looks_through_is_not_written_as_null(name, depth):
+    spec = spec_of(name, layer_types=["full_attention"] * depth, num_hidden_layers=depth)
+    family = FAMILIES[config_of(name)["model_type"]]
+    written = family.config(spec)
+    assert "sliding_window" not in written
+    assert family.spec(written) == spec
 
 
 def test_the_older_type_key_is_read():

@@ -19,6 +19,7 @@ IGNORED_BY_OURS = (
 _ALWAYS = (
     Only("quantization_config", (None,)),
     Only("is_encoder_decoder", (False,), False),
+    Only("is_causal", (True,), True),
 )
 
 
