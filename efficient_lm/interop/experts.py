@@ -2,10 +2,11 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from efficient_lm.errors import ConfigError
 from efficient_lm.interop.description import Tensor, each, linear, table
-from efficient_lm.interop.keys import ABSENT, Binding, Config, Draft, Inexpressible, Layers, count, key
+from efficient_lm.interop.keys import ABSENT, Binding, Config, Draft, Inexpressible, Layers, count, key, listing
 from efficient_lm.interop.placement import Pattern
 
 MOE = {"ffn": {"kind": "moe"}}
@@ -53,6 +54,11 @@ class Balanced:
             config |= {"router_aux_loss_coef": value or self.default, "output_router_logits": False}
 
 
+def flag(stated: Any) -> Any:
+    """A key that is true, false or null, which means false."""
+    return False if stated is None else stated
+
+
 def grouped(
     scope: str, groups: tuple[int, int], scale: float, others: Callable[[str], tuple[str, ...]] = lambda name: ()
 ) -> tuple[Binding, ...]:
@@ -67,7 +73,7 @@ def grouped(
     return (
         key("n_group", f"{router}.groups", default=groups[0], others=others("n_group")),
         key("topk_group", f"{router}.top_groups", default=groups[1]),
-        key("norm_topk_prob", f"{router}.normalize", default=True, to=bool, others=others("norm_topk_prob")),
+        key("norm_topk_prob", f"{router}.normalize", default=True, to=flag, others=others("norm_topk_prob")),
         key("routed_scaling_factor", f"{router}.scale", default=scale),
     )
 
@@ -82,6 +88,7 @@ class Shared:
         scope: the kind of layer that has it.
         units: whether the key counts hidden units, or experts whose units lie side by side.
         others: further names of the key (see `Key`).
+        instead: key and default of the size that zero stands for, where no layer is without a shared expert.
     """
 
     name: str
@@ -89,20 +96,27 @@ class Shared:
     scope: str
     units: bool = True
     others: tuple[str, ...] = ()
+    instead: tuple[str, int] | None = None
 
     def read(self, config: Config, draft: Draft) -> None:
         size = config.get(next((name for name in self.others if name in config), self.name), self.default)
         if not isinstance(size, int) or size < 0:
             raise ConfigError(f"{self.name}: {size!r} is not a whole number")
+        size = count(config, *self.instead) if self.instead and not size else size
         for values in draft.scoped(self.scope):
             expert = values["ffn"]["expert"]
-            hidden = size if self.units else size * expert["hidden"]
+            unit = 1 if self.units else expert["hidden"]
+            if not isinstance(unit, int):
+                raise ConfigError(f"{self.name}: counts experts, and their size is {unit!r}")
+            hidden = size * unit
             values["ffn"]["shared"] = {**expert, "hidden": hidden} if hidden else None
 
     def write(self, layers: Layers, config: Config) -> None:
         hidden = layers.get(f"{self.scope}.ffn.shared.hidden")
         if hidden is ABSENT:
             return
+        if self.instead and not hidden:
+            raise Inexpressible(f"{self.scope}.ffn.shared", None)
         size, rest = divmod(hidden or 0, 1 if self.units else layers.get(f"{self.scope}.ffn.expert.hidden"))
         if rest:
             raise Inexpressible(f"{self.scope}.ffn.shared.hidden", hidden)
@@ -119,7 +133,7 @@ def stepped(depth: int, number: int, others: tuple[str, ...] = (), word: int = 0
     """
 
     def names(config: Config) -> list[str]:
-        dense, step = config.get("mlp_only_layers") or [], count(config, "decoder_sparse_step", 1)
+        dense, step = listing(config, "mlp_only_layers"), count(config, "decoder_sparse_step", 1)
         experts = config.get(next((name for name in others if name in config), "num_experts"), number)
         layers = range(count(config, "num_hidden_layers", depth))
         return ["sparse" if experts and i not in dense and (i + 1) % step == 0 else "dense" for i in layers]

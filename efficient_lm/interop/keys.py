@@ -210,7 +210,7 @@ class Named:
 
     def read(self, config: Config, draft: Draft) -> None:
         value = config.get(self.name, self.default)
-        if value not in self.meanings:
+        if not isinstance(value, str) or value not in self.meanings:
             raise ConfigError(f"{self.name}: {value!r} is not supported; {nearest(str(value), self.meanings)}")
         for path, ours in self.meanings[value].items():
             draft.put(path, ours)
@@ -283,12 +283,29 @@ def lookup(config: Config, name: str, default: Any = REQUIRED) -> Any:
     return default
 
 
-def count(config: Config, name: str, default: Any = REQUIRED) -> int:
-    """A whole number of at least one. Raises `CheckpointError`."""
+def count(config: Config, name: str, default: Any = REQUIRED, least: int = 1) -> int:
+    """A whole number of at least `least`. Raises `CheckpointError`."""
     value = lookup(config, name, default)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise CheckpointError(f"{name}: {value!r} is not a whole number of at least one")
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise CheckpointError(f"{name}: {value!r} is not a whole number of at least {least}")
     return value
+
+
+def listing(config: Config, name: str) -> list[Any]:
+    """A list; empty where the config has none. Raises `CheckpointError` for anything else."""
+    return _held(config, name, list, "list")
+
+
+def mapping(config: Config, name: str) -> Config:
+    """A mapping; empty where the config has none. Raises `CheckpointError` for anything else."""
+    return _held(config, name, dict, "mapping")
+
+
+def _held(config: Config, name: str, kind: type, words: str) -> Any:
+    value = config.get(name)
+    if value is not None and not isinstance(value, kind):
+        raise CheckpointError(f"{name}: {value!r} is not a {words}")
+    return kind() if value is None else value
 
 
 def put(values: Config, path: str, value: Any) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from efficient_lm.errors import ConfigError, nearest
-from efficient_lm.interop.keys import Config, Draft, Inexpressible, Layers, count
+from efficient_lm.interop.keys import Config, Draft, Inexpressible, Layers, count, listing
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def listed(
 
     def names(config: Config) -> list[str]:
         layers = count(config, "num_hidden_layers", depth)
-        types = config.get(name) or [default(config, index) for index in range(layers)]
+        types = listing(config, name) or [default(config, index) for index in range(layers)]
         if len(types) < layers:
             raise ConfigError(f"{name}: lists {len(types)} layers, and num_hidden_layers is {layers}")
         for kind in types:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from efficient_lm.errors import ConfigError, nearest
-from efficient_lm.interop.keys import ABSENT, Config, Draft, Inexpressible, Layers
+from efficient_lm.interop.keys import ABSENT, Config, Draft, Inexpressible, Layers, mapping
 
 SCALINGS = ("default", "linear", "llama3", "yarn")
 _NEEDED = {"linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor"), "yarn": ()}
@@ -42,12 +42,17 @@ class Rotary:
 
     def read(self, config: Config, draft: Draft) -> None:
         # As transformers 5 does: `rope_scaling` comes first, and what it leaves open is taken from beside it.
-        stated = config.get("rope_scaling") or config.get("rope_parameters") or self.stated
+        stated = mapping(config, "rope_scaling") or mapping(config, "rope_parameters")
+        if not stated and config.get("rope_parameters") is None:
+            stated = self.stated
         if any(isinstance(value, dict) for value in stated.values()):
             raise ConfigError(f"rope_parameters: {', '.join(stated)}: parameters by layer type are not supported here")
-        parameters = {"rope_theta": config.get(self.theta_key, self.theta), **stated}
-        if self.fraction_key:
-            parameters = {"partial_rotary_factor": config.get(self.fraction_key, self.fraction), **parameters}
+        share = config.get(self.fraction_key or "partial_rotary_factor")
+        parameters = {
+            "rope_theta": config.get(self.theta_key, self.theta),
+            "partial_rotary_factor": self.fraction if share is None else share,
+            **stated,
+        }
         if self.optional and parameters["rope_theta"] is None:
             draft.put(self.path, {"kind": "none"})
             return

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from efficient_lm.errors import ConfigError, nearest
-from efficient_lm.interop.keys import Config, Draft, Inexpressible, Layers, count, put
+from efficient_lm.interop.keys import Config, Draft, Inexpressible, Layers, count, listing, put
 
 KINDS = {"sliding_attention": "local", "full_attention": "full"}
 """Type of a layer → name of our block."""
@@ -29,7 +29,7 @@ class LayerTypes:
 
     def read(self, config: Config, draft: Draft) -> None:
         layers = count(config, "num_hidden_layers", self.depth)
-        types = config.get("layer_types") or [self.default(config, index) for index in range(layers)]
+        types = listing(config, "layer_types") or [self.default(config, index) for index in range(layers)]
         if len(types) < layers:
             raise ConfigError(f"layer_types: lists {len(types)} layers, and num_hidden_layers is {layers}")
         for kind in types:

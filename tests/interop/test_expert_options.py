@@ -74,6 +74,9 @@ OPTIONS = [
      lambda s: (moe(s).latent, moe(s).latent_bias, moe(s).shared.bias, moe(s).expert.bias), (8, True, True, False)),
     ("nemotron_h", {"mlp_hidden_act": "silu"}, lambda s: (moe(s).expert.activation, moe(s).shared.activation),
      ("silu", "silu")),
+    ("nemotron_h", {"layer_types": ["moe", "mlp"]}, ffns, ["moe", "mlp"]),
+    ("nemotron_h", {"moe_shared_expert_intermediate_size": 0, "intermediate_size": 24, "mlp_bias": True},
+     lambda s: (moe(s).shared.hidden, moe(s).shared.bias), (24, True)),
     ("qwen3_next", {"mlp_only_layers": [1]}, ffns, ["moe", "swiglu", "moe", "moe"]),
     ("qwen3_next", {"shared_expert_intermediate_size": 40}, lambda s: (moe(s).shared.hidden, moe(s).shared_gate),
      (40, True)),
@@ -102,6 +105,15 @@ MALFORMED = [
     ("mixtral", {"num_experts_per_tok": 5}, "ffn.top_k: 5, but there are 4 experts"),
     ("deepseek_v3", {"n_group": 3}, "ffn.router.groups: 3 groups do not divide 4 experts"),
     ("deepseek_v3", {"n_shared_experts": None}, "n_shared_experts: None is not a whole number"),
+    ("kimi_linear", {"moe_intermediate_size": None}, "counts experts, and their size is None"),
+    ("kimi_linear", {"linear_attn_config": [1]}, "linear_attn_config: [1] is not a mapping"),
+    ("kimi_linear", {"mlp_layer_types": 1}, "mlp_layer_types: 1 is not a list"),
+    ("minimax", {"rope_parameters": "yarn"}, "rope_parameters: 'yarn' is not a mapping"),
+    ("minimax", {"hidden_act": ["silu"]}, "hidden_act: ['silu'] is not supported"),
+    ("qwen3_next", {"mlp_only_layers": 1}, "mlp_only_layers: 1 is not a list"),
+    ("jamba", {"num_experts": None}, "num_experts: None is not a whole number of at least 0"),
+    ("jamba", {"attn_layer_offset": None}, "attn_layer_offset: None is not a whole number of at least 0"),
+    ("nemotron_h", {"layers_block_type": []}, "layers_block_type: lists no layers"),
 ]
 
 
@@ -118,6 +130,7 @@ CHANGED = [
     ("deepseek_v3", {"shared": {"kind": "swiglu", "hidden": 24}}, "shared.hidden"),
     ("qwen3_next", {"shared": {"kind": "reglu", "hidden": 16}}, "shared.kind"),
     ("gpt_oss", {"expert": {"kind": "swiglu", "bias": True, "hidden": 64}}, "expert.kind"),
+    ("nemotron_h", {"shared": None}, "shared"),
 ]
 
 
@@ -126,7 +139,7 @@ def test_what_a_family_cannot_say_is_not_written(name, changes, words):
     spec = spec_of(name)
     plain = spec.dump()
     for block in plain["blocks"].values():
-        if block["ffn"]["kind"] == "moe":
+        if block["ffn"] and block["ffn"]["kind"] == "moe":
             block["ffn"] |= changes
     with pytest.raises(Inexpressible, match=words):
         FAMILIES[name].config(type(spec).model_validate(plain))
@@ -175,6 +188,17 @@ def test_a_map_without_values_belongs_to_nothing(tmp_path):
     assert moe(model.config.model).shared is None
     again = read_json(model.to_hf(tmp_path / "again") / "config.json")
     assert {name: again[name] for name in config} == config
+
+
+@pytest.mark.parametrize("name", ["nemotron_h", "qwen3_next"])
+def test_the_module_that_predicts_further_tokens_is_left_out(name, tmp_path):
+    folder = tmp_path / name
+    folder.mkdir()
+    (folder / "config.json").write_bytes((GOLDENS / name / "config.json").read_bytes())
+    tensors = load_file(GOLDENS / name / "model.safetensors")
+    save_file({**tensors, "mtp.norm.weight": np.ones(3, np.float32)}, folder / "model.safetensors")
+    again = elm.from_hf(folder).to_hf(tmp_path / "again")
+    assert load_file(again / "model.safetensors").keys() == tensors.keys()
 
 
 def test_a_stacked_parameter_is_seen_expert_by_expert_and_in_turn():

@@ -79,6 +79,12 @@ OPTIONS = [
     ("nemotron_h_dense", {"layers_block_type": ["mamba", "attention"]}, kinds, ["mamba2", "attention"]),
     ("nemotron_h_dense", {"time_step_min": 0.5, "time_step_limit": [0.25, 1.0]}, lambda s: mixer(s).dt_limit,
      (0.5, None)),
+    ("nemotron_h_dense", {"layer_types": ["mlp"], "layers_block_type": ["mamba"], "num_hidden_layers": 2}, kinds,
+     ["mlp"]),
+    ("nemotron_h_dense",
+     {"mamba_d_conv": 3, "mamba_n_groups": 3, "mamba_dt_min": 0.5, "mamba_conv_bias": False, "mamba_chunk_size": 8},
+     lambda s: (mixer(s).convolution, mixer(s).groups, mixer(s).dt_limit, mixer(s).convolution_bias),
+     (3, 3, (0.5, None), False)),
     ("nemotron_h_dense", {"mlp_hidden_act": "silu"}, lambda s: s.layers()[3].ffn.activation, "silu"),
     ("nemotron_h_dense", {"tie_word_embeddings": True}, lambda s: s.tied, False),
 ]  # fmt: skip
@@ -101,7 +107,6 @@ REFUSED = [
     ("falcon_h1", {"key_multiplier": -1.0}, "key_multiplier: -1.0 is not supported"),
     ("falcon_h1", {"mlp_multipliers": [1.0]}, "mlp_multipliers: [1.0] is not a list of 2 numbers"),
     ("nemotron_h_dense", {"layers_block_type": ["conv"]}, "layers_block_type: 'conv' is not supported"),
-    ("nemotron_h_dense", {"mamba_d_conv": 3}, "mamba_d_conv: 3 is not supported"),
 ]
 
 

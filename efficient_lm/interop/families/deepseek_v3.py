@@ -2,7 +2,7 @@
 
 from efficient_lm.errors import ConfigError
 from efficient_lm.interop.description import InterleavedByHead, Rows, Tensor, fused, linear, norm
-from efficient_lm.interop.experts import CORRECTED, FFN_KINDS, SIGMOID, Shared, gated_experts, grouped, router
+from efficient_lm.interop.experts import CORRECTED, FFN_KINDS, SIGMOID, Shared, flag, gated_experts, grouped, router
 from efficient_lm.interop.families.base import Family
 from efficient_lm.interop.families.llama import GATED_MLP, MODEL, PRE_NORMS, RMS, TENSORS, gated_mlp
 from efficient_lm.interop.keys import (
@@ -13,10 +13,12 @@ from efficient_lm.interop.keys import (
     Inexpressible,
     Layers,
     Named,
+    Only,
     Spread,
     count,
     gated,
     key,
+    mapping,
 )
 from efficient_lm.interop.placement import Pattern
 from efficient_lm.interop.rotary import Rotary
@@ -73,7 +75,7 @@ class Mscale:
     """`mscale_all_dim`, among the keys of scaled rotary positions."""
 
     def read(self, config: Config, draft: Draft) -> None:
-        stated = config.get("rope_scaling") or config.get("rope_parameters") or {}
+        stated = mapping(config, "rope_scaling") or mapping(config, "rope_parameters")
         if (stated.get("rope_type") or stated.get("type") or "default") != "default":
             draft.put("block.mixer.mscale", stated.get("mscale_all_dim") or 0.0)
 
@@ -85,7 +87,7 @@ class Mscale:
 
 
 def _names(config: Config) -> list[str]:
-    layers, dense = count(config, "num_hidden_layers", 61), config.get("first_k_dense_replace", 3)
+    layers, dense = count(config, "num_hidden_layers", 61), count(config, "first_k_dense_replace", 3, least=0)
     return ["dense" if layer < dense else "sparse" for layer in range(layers)]
 
 
@@ -112,6 +114,10 @@ FAMILY = Family(
         *latent("block", 128, 1536),
         Named("hidden_act", gated("dense.ffn", "sparse.ffn.expert"), "silu"),
         Always({"sparse.ffn.router": SIGMOID, "sparse.ffn.balance": CORRECTED}),
+        # Keys of the code that the model was published with, which the reference does not read.
+        Only("scoring_func", ("sigmoid",), "sigmoid"),
+        Only("topk_method", ("noaux_tc",), "noaux_tc"),
+        Only("moe_layer_freq", (1,), 1),
         key("n_routed_experts", "sparse.ffn.experts", default=256, others=("num_local_experts",)),
         key("num_experts_per_tok", "sparse.ffn.top_k", default=8),
         key("moe_intermediate_size", "sparse.ffn.expert.hidden", default=2048),
@@ -120,7 +126,7 @@ FAMILY = Family(
         key("rms_norm_eps", "final_norm.epsilon", "block.norm.epsilon", default=1e-6),
         key("tie_word_embeddings", "tied", default=False),
         Rotary(),
-        key("rope_interleave", "block.mixer.position.interleaved", default=True, to=bool),
+        key("rope_interleave", "block.mixer.position.interleaved", default=True, to=flag),
         Mscale(),
         Spread(),
     ),

@@ -19,7 +19,7 @@ INNER_NORMS: tuple[Tensor, ...] = (
 
 
 def _names(config: Config) -> list[str]:
-    period, offset = count(config, "attn_layer_period", 8), config.get("attn_layer_offset", 4)
+    period, offset = count(config, "attn_layer_period", 8), count(config, "attn_layer_offset", 4, least=0)
     layers = count(config, "num_hidden_layers", 32)
     return ["attend" if index % period == offset else "recur" for index in range(layers)]
 
@@ -30,8 +30,9 @@ def _keys(names: list[str]) -> Config:
 
 
 def _experts(config: Config) -> list[str]:
-    period, offset = count(config, "expert_layer_period", 2), config.get("expert_layer_offset", 1)
-    several = config.get("num_local_experts", config.get("num_experts", 16)) > 1
+    period, offset = count(config, "expert_layer_period", 2), count(config, "expert_layer_offset", 1, least=0)
+    name = "num_local_experts" if "num_local_experts" in config else "num_experts"
+    several = count(config, name, 16, least=0) > 1
     layers = range(count(config, "num_hidden_layers", 32))
     return ["sparse" if several and layer % period == offset else "dense" for layer in layers]
 

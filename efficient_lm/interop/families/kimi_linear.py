@@ -10,7 +10,7 @@ from efficient_lm.interop.families.deepseek_v3 import LATENT, LATENT_NORM, laten
 from efficient_lm.interop.families.llama import GATED_MLP, MODEL, PRE_NORMS, RMS, TENSORS, gated_mlp
 from efficient_lm.interop.families.mixtral import EXPERTS
 from efficient_lm.interop.families.olmo_hybrid import KINDS, delta_rule, gated_and_convolved
-from efficient_lm.interop.keys import Always, Config, Draft, Layers, Only, Spread, key, merged
+from efficient_lm.interop.keys import Always, Config, Draft, Layers, Only, Spread, key, mapping, merged
 from efficient_lm.interop.placement import crossed, listed
 
 DEPTH = 27
@@ -24,7 +24,7 @@ NESTED = {
 
 def layer_type(config: Config, layer: int) -> str:
     """By the lists of `linear_attn_config`, counted from 1; else every fourth layer attends, but not the first."""
-    lists = config.get("linear_attn_config") or {}
+    lists = mapping(config, "linear_attn_config")
     if "full_attn_layers" not in lists or "kda_layers" not in lists:
         return "full_attention" if layer and layer % 4 == 0 else "linear_attention"
     if layer + 1 in lists["kda_layers"]:
@@ -38,7 +38,7 @@ class Sizes:
     """Sizes of the recurrent layers, which `linear_attn_config` states for certain."""
 
     def read(self, config: Config, draft: Draft) -> None:
-        nested = config.get("linear_attn_config") or {}
+        nested = mapping(config, "linear_attn_config")
         for name, (older, default, ours) in NESTED.items():
             for path in ours:
                 draft.put(f"recurrent.mixer.{path}", nested.get(older, config.get(name, default)))

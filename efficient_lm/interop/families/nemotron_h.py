@@ -7,7 +7,7 @@ from efficient_lm.interop.families.base import Family
 from efficient_lm.interop.families.llama import MODEL, RMS, attention
 from efficient_lm.interop.families.mamba import TENSORS, convolved
 from efficient_lm.interop.families.mamba2 import duality
-from efficient_lm.interop.keys import ACTIVATIONS, Always, Config, Inexpressible, Named, Only, Spread, key
+from efficient_lm.interop.keys import ACTIVATIONS, Always, Config, Inexpressible, Named, Spread, key, listing
 from efficient_lm.interop.placement import Pattern
 
 KINDS = {"linear_attention": "recur", "mamba": "recur", "full_attention": "attend", "attention": "attend"}
@@ -17,14 +17,16 @@ KINDS |= {"mlp": "feed", "moe": "route"}
 LETTERS = {"M": "linear_attention", "*": "full_attention", "-": "mlp", "E": "moe"}
 """Letter of `hybrid_override_pattern` → type of a layer."""
 
-OLDER = ("n_groups", "d_conv", "expand", "dt_min", "dt_max", "dt_limit", "dt_init_floor", "conv_bias", "chunk_size")
+LISTS = ("layer_types", "layers_block_type")
+"""Keys that list the types of the layers; the first prevails, and both prevail over the letters."""
 
 
 def _names(config: Config) -> list[str]:
-    name, types = "layers_block_type", config.get("layers_block_type")
-    if types is None:
-        name, letters = "hybrid_override_pattern", config.get("hybrid_override_pattern", "ME*-")
-        types = [LETTERS.get(letter, letter) for letter in letters]
+    name = next((name for name in LISTS if config.get(name) is not None), "hybrid_override_pattern")
+    letters = str(config.get("hybrid_override_pattern") or "ME*-")
+    types = listing(config, name) if name in LISTS else [LETTERS.get(letter, letter) for letter in letters]
+    if not types:
+        raise ConfigError(f"{name}: lists no layers")
     for kind in types:
         if kind not in KINDS:
             raise ConfigError(f"{name}: '{kind}' is not supported; {nearest(str(kind), KINDS)}")
@@ -32,8 +34,10 @@ def _names(config: Config) -> list[str]:
 
 
 def _keys(names: list[str]) -> Config:
-    theirs = {"recur": "linear_attention", "attend": "full_attention", "feed": "mlp", "route": "moe"}
-    return {"layers_block_type": [theirs[name] for name in names]}
+    theirs = {ours: published for published, ours in reversed(KINDS.items())}
+    letters = {KINDS[published]: letter for letter, published in LETTERS.items()}
+    types, pattern = [theirs[name] for name in names], "".join(letters[name] for name in names)
+    return {**dict.fromkeys(LISTS, types), "hybrid_override_pattern": pattern, "num_hidden_layers": len(types)}
 
 
 ACTIVATION = {
@@ -65,7 +69,6 @@ FAMILY = Family(
     },
     keys=(
         Pattern(_names, _keys),
-        *(Only(f"mamba_{name}", (None,)) for name in OLDER),
         key("vocab_size", "vocab_size", default=131072),
         key("hidden_size", "width", default=4096),
         key("num_attention_heads", "attend.mixer.heads", default=32),
@@ -79,18 +82,21 @@ FAMILY = Family(
         key("moe_intermediate_size", "route.ffn.expert.hidden", default=7688),
         key("moe_latent_size", "route.ffn.latent", default=None),
         *grouped("route", (1, 1), 1.0),
-        Shared("moe_shared_expert_intermediate_size", 7688, "route"),
+        Shared("moe_shared_expert_intermediate_size", 7688, "route", instead=("intermediate_size", 21504)),
         key("mlp_bias", "feed.ffn.bias", "route.ffn.shared.bias", "route.ffn.latent_bias", default=False),
         key("mamba_num_heads", "recur.mixer.heads", default=128),
         key("mamba_head_dim", "recur.mixer.head_size", default=64),
-        key("n_groups", "recur.mixer.groups", default=8),
+        key("n_groups", "recur.mixer.groups", default=8, others=("mamba_n_groups",)),
         key("ssm_state_size", "recur.mixer.state_size", default=128),
-        key("conv_kernel", "recur.mixer.convolution", default=4),
-        key("use_conv_bias", "recur.mixer.convolution_bias", default=True),
+        key("conv_kernel", "recur.mixer.convolution", default=4, others=("mamba_d_conv",)),
+        key("use_conv_bias", "recur.mixer.convolution_bias", default=True, others=("mamba_conv_bias",)),
         key("use_bias", "recur.mixer.bias", "recur.mixer.output_bias", default=False),
         convolved("mamba_hidden_act", "recur.mixer.activation"),
         # The reference takes its least step from here, and none of `time_step_limit`.
-        key("time_step_min", "recur.mixer.dt_limit", default=0.001, to=lambda least: [least, None], back=_least),
+        key(
+            "time_step_min", "recur.mixer.dt_limit", default=0.001, others=("mamba_dt_min",),
+            to=lambda least: [least, None], back=_least,
+        ),
         key("layer_norm_epsilon", "final_norm.epsilon", "block.norm.epsilon", "recur.mixer.norm_epsilon", default=1e-5),
         # The reference has no weights to tie, whatever this says.
         key("tie_word_embeddings", "tied", default=False, to=lambda tied: False),
@@ -114,4 +120,4 @@ FAMILY = Family(
     prefix="backbone.",
     dropouts=("attention_dropout", "hidden_dropout"),
     ignored=(r"^mtp\.",),
-)
+)  # fmt: skip

@@ -116,4 +116,6 @@ FAMILY = Family(
     ),
     tensors=TENSORS,
     layer_tensors=crossed(MIXER_TENSORS, FFN_TENSORS, add),
+    # The module that predicts further tokens.
+    ignored=(r"rotary_emb\.inv_freq$", r"^mtp\."),
 )  # fmt: skip
