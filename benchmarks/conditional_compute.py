@@ -3,30 +3,30 @@
     export PYTHONPATH=.                                          # where the package is not installed
     python benchmarks/conditional_compute.py experts             # beside a dense model of equal active parameters
     python benchmarks/conditional_compute.py depth               # one token in eight runs every other block
-    python benchmarks/conditional_compute.py memory              # of a step, by the number of experts
+    python benchmarks/conditional_compute.py memory              # of a gradient, by the number of experts
 
     ... --dtype bfloat16 --width 1024 --layers 16 --heads 16 --hidden 2816 --vocabulary 32768 --batch 16 --time 2048
 
 `experts` and `depth` alternate their arms, a few steps each, for several rounds, so that what else the machine does
-meets both; ratios are of times in the same round. `memory` compiles the step of models whose tokens take two experts of
-one size, of ever more experts, and reads what the compiler says it needs besides parameters, gradients and optimizer.
+meets both; ratios are of times in the same round. `memory` compiles the gradient of models whose tokens take two
+experts of one size, of ever more experts, and reads what the compiler says it needs besides parameters and gradients.
 Needs jax, flax, optax and pydantic.
 """
 
 import argparse
 import json
-import math
 import statistics
 from pathlib import Path
 from typing import Any
 
 import jax
 from timing import surroundings
-from train_step import alternate, framework_arm, framework_parts, framework_step, make_batch, ratio
+from train_step import alternate, framework_arm, make_batch, ratio
 
-from efficient_lm.models.language_model import ModelSpec
-from efficient_lm.models.parameters import count_parameters
-from efficient_lm.training.step import initial_state
+from efficient_lm.models.language_model import LanguageModel, ModelSpec
+from efficient_lm.models.parameters import Parameters, count_parameters
+from efficient_lm.objectives.base import Batch
+from efficient_lm.objectives.causal_lm import CausalLMSpec
 
 HERE = Path(__file__).parent
 TOP_K, EXPERTS, CAPACITY = 2, 8, 0.125
@@ -96,17 +96,19 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def memory(options: argparse.Namespace) -> dict[str, Any]:
-    """Bytes that a step needs besides the state and the gradients, by the number of experts."""
+    """Bytes that the gradient of a batch needs besides parameters and gradients, by the number of experts."""
     batch = {name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in make_batch(options).items()}
     found = {}
     for count in COUNTS:
         model = spec_of(options, {"layer": {"ffn": experts(options, count)}}).build()
-        optimizer, _, _ = framework_parts(model)
-        state = jax.eval_shape(lambda model=model, rule=optimizer: initial_state(model.init(jax.random.key(0)), rule))
-        compiled = framework_step(model, options).lower(state, batch).compile()
-        gradients = sum(4 * math.prod(leaf.shape) for leaf in jax.tree.leaves(state["parameters"]))
-        found[count] = {"temporary": compiled.memory_analysis().temp_size_in_bytes, "gradients": gradients}
-        found[count]["besides"] = found[count]["temporary"] - gradients
+
+        def loss(params: Parameters, batch: Batch, model: LanguageModel = model) -> jax.Array:
+            return CausalLMSpec().sums(model, params, batch, options.dtype, packed=bool(options.document)).loss
+
+        params = jax.eval_shape(model.init, jax.random.key(0))
+        analysis = jax.jit(jax.grad(loss)).lower(params, batch).compile().memory_analysis()
+        layers = count_parameters(model.stack.declarations)
+        found[count] = {"workspace": analysis.temp_size_in_bytes, "one_layer": 4 * layers // options.layers}
         print(f"{count} experts", found[count], flush=True)
     return {"bytes_by_experts": found}
 
