@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,9 @@ log = logging.getLogger(__name__)
 CONFIG, GENERATION, ELEMENTS, ROWS = "config.json", "generation_config.json", "dtypes.json", "rows.json"
 HEADROOM = 1.05
 """Free disk space asked for before a folder is written, as a multiple of the bytes of its tensors."""
+
+ROUNDED = (2e-2, 1e-2)
+"""Relative and absolute error of constants that were computed in bfloat16."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +96,20 @@ class Description:
         rates = self.family.applied_dropouts(self.origin.config)
         if rates:
             log.info("%s: %s: dropout is not applied in training here", self.where, ", ".join(rates))
+        self._check_constants()
         return read_parameters(self.family, self.spec.build(), self.tensors, self.where)
+
+    def _check_constants(self) -> None:
+        """Raises `CheckpointError` for a tensor that is no parameter here and has other values than the config says."""
+        for name, wanted in self.family.constants(self.spec, self.origin.config):
+            found = next((n for n in (name, name.removeprefix(self.family.prefix)) if n in self.tensors.shapes), None)
+            if found is None:
+                continue
+            stored = self.tensors.read(found).astype(np.float32)
+            if stored.shape != wanted.shape or not np.allclose(stored, wanted, *ROUNDED):
+                raise CheckpointError(
+                    f"{self.where}: '{found}' has other values than follow from config.json; they are not supported"
+                )
 
 
 def describe_folder(folder: Path) -> Description:
@@ -249,7 +266,8 @@ def write_folder(
         temporary.mkdir(parents=True)
         written = _Cast(origin, dtype)
         names, rows = (origin.dtypes, origin.rows) if origin else ({}, {})
-        write_safetensors(temporary, written.tensors(published(family, spec.build(), params, names, rows)))
+        tensors = written.tensors(published(family, spec.build(), params, names, rows))
+        write_safetensors(temporary, chain(tensors, family.constants(spec, config)))
         config |= {"dtype": written.dtype, "torch_dtype": written.dtype}
         files = {
             **(origin.files if origin else {}),

@@ -3,11 +3,15 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
+import efficient_lm as elm
 from efficient_lm.errors import CheckpointError, ConfigError
 from efficient_lm.interop.families import FAMILIES
 from efficient_lm.interop.families.base import essence
+from efficient_lm.interop.hugging_face import read_json
 from efficient_lm.interop.keys import Inexpressible
 
 GOLDENS = Path(__file__).parent.parent / "goldens"
@@ -59,6 +63,23 @@ def test_expressed_both_ways(name, changes, read, want):
     assert read(spec) == want
     family = FAMILIES["minimax" if name == MINIMAX else name]
     assert essence(family.spec(family.config(spec))) == essence(spec)
+
+
+def test_minimax_comes_with_its_decays_which_are_no_others(tmp_path):
+    held = [f"model.layers.0.self_attn.{name}_decay" for name in ("query", "key", "diagonal")]
+    held.append("model.layers.0.self_attn.slope_rate")
+    model = elm.from_hf(GOLDENS / MINIMAX)
+    tensors = load_file(model.to_hf(tmp_path / "again") / "model.safetensors")
+    assert tensors.keys() >= set(held)
+    rounded = model.to_hf(tmp_path / "rounded", dtype="bfloat16")
+    assert load_file(rounded / "model.safetensors")[held[0]].dtype == np.float32
+    save_file({**tensors, held[3]: 1.5 * tensors[held[3]]}, tmp_path / "again" / "model.safetensors")
+    with pytest.raises(CheckpointError, match=f"'{held[3]}' has other values than follow from config.json"):
+        elm.from_hf(tmp_path / "again")
+    config = read_json(rounded / "config.json") | {"block_size": 4}
+    (rounded / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=f"'{held[0]}' has other values"):
+        elm.from_hf(rounded)
 
 
 REFUSED = [

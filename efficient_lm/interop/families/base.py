@@ -1,8 +1,10 @@
 """What a family says of itself."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+import numpy as np
 
 from efficient_lm.errors import CheckpointError, ConfigError
 from efficient_lm.interop.description import Tensor
@@ -38,6 +40,7 @@ class Family:
         prefix: of the base model; folders saved from the base model leave it out.
         dropouts: keys of dropout rates, which training here does not apply.
         ignored: patterns of tensors that are no parameters.
+        constants: ``(spec, config) -> (name, float32 array)`` of those among them that folders hold nevertheless.
     """
 
     model_type: str
@@ -52,6 +55,7 @@ class Family:
     prefix: str = "model."
     dropouts: tuple[str, ...] = ("attention_dropout",)
     ignored: tuple[str, ...] = (r"rotary_emb\.inv_freq$",)
+    constants: Callable[[ModelSpec, Config], Iterable[tuple[str, np.ndarray]]] = lambda spec, config: ()
 
     def spec(self, config: Config) -> ModelSpec:
         """The spec of a config.

@@ -1,13 +1,18 @@
 """MiniMax-01: lightning attention, softmax attention in some layers, and experts; the stream itself is normed."""
 
+from collections.abc import Iterator
+
+import numpy as np
+
 from efficient_lm.interop.description import InterleavedByHead, Source, Tensor, linear, norm
 from efficient_lm.interop.experts import NOISE, SOFTMAX, Balanced
 from efficient_lm.interop.families.base import Family
 from efficient_lm.interop.families.llama import ATTENTION, RMS, TENSORS, shape
 from efficient_lm.interop.families.mixtral import EXPERTS
-from efficient_lm.interop.keys import ACTIVATIONS, Config, Draft, Layers, Named, Spread, gated, get, key
+from efficient_lm.interop.keys import ACTIVATIONS, Config, Draft, Layers, Named, Spread, count, gated, get, key
 from efficient_lm.interop.placement import listed
 from efficient_lm.interop.rotary import Rotary
+from efficient_lm.models.language_model import ModelSpec
 
 KINDS = {"linear_attention": "recurrent", "full_attention": "attend"}
 """Type of a layer → name of our block."""
@@ -52,6 +57,23 @@ class Factors:
             for kind, factor in zip(layers.kinds, layers.each(ours), strict=True):
                 mixer, ffn = (get(factor, half) if isinstance(factor, dict) else factor for half in ("mixer", "ffn"))
                 config |= {f"{PREFIXES[kind]}_{end}_factor": mixer, f"mlp_{end}_factor": ffn}
+
+
+def decays(spec: ModelSpec, config: Config) -> Iterator[tuple[str, np.ndarray]]:
+    """What lightning attention forgets, by step and within a block, which the reference stores and takes from there."""
+    size, depth = count(config, "block_size", 256), len(spec.layers())
+    step = np.arange(1, size + 1, dtype=np.float32)[:, None]
+    between = np.where(step >= step.T, step - step.T, np.inf)
+    for layer, block in enumerate(spec.layers()):
+        if block.mixer.kind == "lightning":
+            slope = 0.5 ** (8 * np.arange(1, block.mixer.heads + 1) / block.mixer.heads)
+            slope *= 1 - layer / (depth - 1 + 1e-5) + 1e-5
+            rate = slope.astype(np.float32)[:, None, None]
+            prefix = f"model.layers.{layer}.self_attn"
+            yield f"{prefix}.slope_rate", rate
+            yield f"{prefix}.query_decay", np.exp(-rate * step)
+            yield f"{prefix}.key_decay", np.exp(-rate * (size - step))
+            yield f"{prefix}.diagonal_decay", np.exp(-rate * between)[None]
 
 
 NORMS: tuple[Tensor, ...] = (
@@ -110,5 +132,6 @@ FAMILY = Family(
         r"rotary_emb\.inv_freq$",
         r"self_attn\.(slope_rate|query_decay|key_decay|diagonal_decay)$",
     ),
+    constants=decays,
     dropouts=("attention_dropout", *NOISE),
 )  # fmt: skip
