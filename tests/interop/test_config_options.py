@@ -109,6 +109,10 @@ REFUSED = [
     ("kimi_linear_dense", {"layer_types": ..., "linear_attn_config": {"full_attn_layers": [4], "kda_layers": [1]}},
      "linear_attn_config: neither full_attn_layers nor kda_layers lists layer 2"),
     ("deepseek_v3_dense", {"num_key_value_heads": 2}, "num_key_value_heads: 2 is not supported"),
+    ("deepseek_v3", {"scoring_func": "softmax"}, "scoring_func: 'softmax' is not supported; sigmoid is"),
+    ("deepseek_v3", {"topk_method": "greedy"}, "topk_method: 'greedy' is not supported; noaux_tc is"),
+    ("deepseek_v3", {"moe_layer_freq": 2}, "moe_layer_freq: 2 is not supported; 1 is"),
+    ("mixtral", {"partial_rotary_factor": 0.5, "rope_parameters": LLAMA3}, "partial_rotary_factor: 0.5"),
 ]  # fmt: skip
 
 
@@ -120,17 +124,19 @@ def test_refused_by_name(name, changes, message):
 
 
 MALFORMED = [
-    ({"hidden_size": "wide"}, "model.width"),
-    ({"num_hidden_layers": 0}, "num_hidden_layers: 0"),
-    ({"num_attention_heads": 5, "head_dim": None}, "5 heads do not divide width 32"),
-    ({"num_key_value_heads": 3}, "3 do not divide 4 heads"),
+    ("llama", {"hidden_size": "wide"}, "model.width"),
+    ("llama", {"num_hidden_layers": 0}, "num_hidden_layers: 0"),
+    ("llama", {"num_attention_heads": 5, "head_dim": None}, "5 heads do not divide width 32"),
+    ("llama", {"num_key_value_heads": 3}, "3 do not divide 4 heads"),
+    ("deepseek_v3", {"first_k_dense_replace": None}, "first_k_dense_replace: None is not a whole number"),
+    ("deepseek_v3", {"norm_topk_prob": "no"}, "router.normalize: expected true or false"),
 ]
 
 
-@pytest.mark.parametrize(("changes", "message"), MALFORMED)
-def test_malformed_values_are_named(changes, message):
+@pytest.mark.parametrize(("name", "changes", "message"), MALFORMED)
+def test_malformed_values_are_named(name, changes, message):
     with pytest.raises(CheckpointError) as fault:
-        spec_of("llama", **changes)
+        spec_of(name, **changes)
     assert message in str(fault.value)
 
 
@@ -167,6 +173,11 @@ def test_a_window_that_no_layer_looks_through_is_not_written_as_null(name, depth
     written = family.config(spec)
     assert "sliding_window" not in written
     assert family.spec(written) == spec
+
+
+def test_only_absent_rotary_parameters_are_a_family_s_own():
+    assert mixer(spec_of("gpt_oss", rope_parameters=None)).position.scaling.kind == "yarn"
+    assert mixer(spec_of("gpt_oss", rope_parameters={})).position.scaling is None
 
 
 def test_the_older_type_key_is_read():
