@@ -112,6 +112,9 @@ REFUSED = [
     ("deepseek_v3", {"scoring_func": "softmax"}, "scoring_func: 'softmax' is not supported; sigmoid is"),
     ("deepseek_v3", {"topk_method": "greedy"}, "topk_method: 'greedy' is not supported; noaux_tc is"),
     ("deepseek_v3", {"moe_layer_freq": 2}, "moe_layer_freq: 2 is not supported; 1 is"),
+    ("kimi_linear", {"moe_router_activation_func": "softmax"}, "moe_router_activation_func: 'softmax' is not"),
+    ("kimi_linear", {"moe_layer_freq": 2}, "moe_layer_freq: 2 is not supported; 1 is"),
+    ("kimi_linear", {"mla_use_nope": False}, "mla_use_nope: False is not supported; True is"),
     ("mixtral", {"partial_rotary_factor": 0.5, "rope_parameters": LLAMA3}, "partial_rotary_factor: 0.5"),
 ]  # fmt: skip
 

@@ -106,6 +106,9 @@ FAMILY = Family(
         key("num_experts_per_tok", "sparse.ffn.top_k", default=8, others=("num_experts_per_token",)),
         key("moe_intermediate_size", "sparse.ffn.expert.hidden", default=1024),
         *grouped("sparse", (1, 1), 2.446, lambda name: (OTHER_NAMES[name],)),
+        Only("moe_router_activation_func", ("sigmoid",), "sigmoid"),
+        Only("moe_layer_freq", (1,), 1),
+        Only("mla_use_nope", (True,), True),
         Shared("n_shared_experts", 1, "sparse", units=False, others=("num_shared_experts",)),
         key("rms_norm_eps", "final_norm.epsilon", "block.norm.epsilon", "recurrent.mixer.epsilon", default=1e-5),
         # The reference has a head of its own whatever this says.
