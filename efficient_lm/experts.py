@@ -1,4 +1,4 @@
-"""The Python interface to what is done with experts: made of dense layers, merged, dropped, looked at."""
+"""The Python interface to what is done with experts (made, merged, dropped, looked at) and with depth."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,10 +21,11 @@ from efficient_lm.models.parameters import Parameters, count_parameters
 from efficient_lm.spec import OneOf, Spec
 from efficient_lm.training.checkpoints import Checkpoints, load_parameters
 from efficient_lm.training.run_directory import locate
-from efficient_lm.upcycling.base import UpcyclingSpec
+from efficient_lm.upcycling.base import ExpertsSpec, UpcyclingSpec
 from efficient_lm.upcycling.conversion import upcycled, upcycled_spec
 from efficient_lm.upcycling.extraction import Importance, check_count, extracted, important_experts, listed_experts
 from efficient_lm.upcycling.merging import Rows, Source, merged
+from efficient_lm.upcycling.mixture_of_depths import DepthsSpec, with_mixture_of_depths
 from efficient_lm.upcycling.statistics import Domains, clustered, labelled
 from efficient_lm.validation import validate
 
@@ -48,12 +49,12 @@ def upcycle(
     seed: int = 0,
     **options: Any,
 ) -> Model:
-    """A model with mixtures of experts in place of its dense channel mixers.
+    """A model with mixtures of experts in place of its dense channel mixers, or with mixture of depths around layers.
 
     Args:
         method: its kind, with its attributes as `options`: ``upcycle(model, "copy", experts=8)``; or the whole method.
-        text: files that a method looks at; each is a domain, unless the method makes its own of all. None takes the
-            validation part of what the model was trained on.
+        text: files that a method looks at; to experts each is a domain, unless the method makes its own of all. None
+            takes the validation part of what the model was trained on.
         sequence_length: tokens of a row of these; None takes that of training.
         rows: of each domain, at most.
         seed: of what is drawn.
@@ -64,6 +65,11 @@ def upcycle(
     """
     if isinstance(method, str):
         method = validate(_Method, {"method": {"kind": method, **options}}).method
+    if isinstance(method, DepthsSpec):
+        method.check(model.model)  # Before any text is read.
+        batch, dense = _rows(model, text, sequence_length, rows), (model.model, model.params)
+        layers, key = method.chosen(*dense, batch, model.dtype), jax.random.key(seed)
+        return _with(model, *with_mixture_of_depths(*dense, layers, key, method.rule, batch, model.dtype))
     upcycled_spec(model.model, method)  # Before any text is read.
     domains = _domains(model, method, text, sequence_length, rows, seed) if method.looks else None
     spec, params = upcycled(model.model, model.params, method, jax.random.key(seed), domains, model.dtype)
@@ -169,7 +175,7 @@ def earlier_parameters(checkpoint: str | Path, model: Model) -> Iterator[tuple[i
 
 
 def _domains(
-    model: Model, method: UpcyclingSpec, text: Texts | None, length: int | None, rows: int, seed: int
+    model: Model, method: ExpertsSpec, text: Texts | None, length: int | None, rows: int, seed: int
 ) -> Domains:
     if not isinstance(method.experts, int):
         raise ConfigError("method.experts: where domains decide, all layers have as many: give one number")
@@ -206,10 +212,16 @@ def save(model: Model, output: str, source: str) -> str:
     model.config = model.config.model_copy(update={"run": run})
     path = model.save(output)
     count = count_parameters(model.model.declarations)
-    experts = [layer.ffn.experts for layer in model.model.layers if isinstance(layer.ffn, MoESpec)]
-    span = f"{min(experts)}" if len(set(experts)) == 1 else f"{min(experts)} to {max(experts)}"
-    return (
-        f"{source}: {count / 1e6:,.1f} M parameters → {path}\n"
-        f"{len(experts)} of {len(model.model.layers)} layers have experts, {span} each\n"
-        f"next:\n  efficient-lm evaluate checkpoint={path} routing=true\n  efficient-lm train init_from={path}"
-    )
+    layers = model.model.layers
+    experts = [layer.ffn.experts for layer in layers if isinstance(layer.ffn, MoESpec)]
+    chosen = [number for number, layer in enumerate(layers) if layer.depth is not None and layer.depth.chooses]
+    lines, looks = [f"{source}: {count / 1e6:,.1f} M parameters → {path}"], []
+    if experts:
+        span = f"{min(experts)}" if len(set(experts)) == 1 else f"{min(experts)} to {max(experts)}"
+        lines.append(f"{len(experts)} of {len(layers)} layers have experts, {span} each")
+        looks.append("routing=true")
+    if chosen:
+        lines.append(f"{len(chosen)} of {len(layers)} layers choose their tokens: {', '.join(map(str, chosen))}")
+        looks.append("selection=both")
+    looked = " ".join(["efficient-lm evaluate", f"checkpoint={path}", *looks])
+    return "\n".join([*lines, "next:", f"  {looked}", f"  efficient-lm train init_from={path}"])

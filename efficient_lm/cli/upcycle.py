@@ -6,21 +6,23 @@ from pathlib import Path
 from efficient_lm.cli.main import Options
 
 ROOT = "upcycle"
-SUMMARY = "Makes mixtures of experts of a dense model's channel mixers."
+SUMMARY = "Makes mixtures of experts of a dense model's channel mixers, or mixture of depths of its layers."
 HELP = """
 Main keys
   checkpoint=        a run directory, runs/NAME/checkpoints/STEP, a Hugging Face folder, a GGUF file
   output=            the run directory to make; it must not hold anything yet
-  method=            copy: every expert a copy; split: the hidden units divided among experts
+  method=            copy: every expert a copy; split: the hidden units divided among experts; mixture_of_depths
   method.experts= method.top_k=   how many there are, and how many a token takes
   method.layers= method.every=    which layers; by default all dense ones
-  text=              files that the method looks at: method.by=domains, method.rows=domains; each is a domain
+  method.share= method.rule.capacity=   of mixture_of_depths: how many layers, those of low rank; their share of tokens
+  text=              files that the method looks at; with method.by=domains or method.rows=domains each is a domain
   limit= sequence_length=   rows of each file, and their tokens
 
 Examples
   efficient-lm upcycle checkpoint=runs/quickstart output=runs/moe method.experts=8 method.top_k=2
   efficient-lm upcycle checkpoint=smollm2/ output=runs/split method=split method.experts=4 method.shared=0.25
   efficient-lm upcycle checkpoint=runs/public output=runs/law method.experts=2 method.rows=domains text=[a.txt,b.txt]
+  efficient-lm upcycle checkpoint=runs/quickstart output=runs/mod method=mixture_of_depths method.share=0.5
   efficient-lm train init_from=runs/moe data=files data.source.paths=[text.txt]
 """
 

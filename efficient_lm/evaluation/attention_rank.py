@@ -40,8 +40,23 @@ def attention_ranks(
 def lowest_ranks(ranks: Sequence[np.ndarray | None], share: float) -> list[int]:
     """The layers with the lowest mean rank, in order: `share` of those that have attention, at least one."""
     means = {number: float(np.mean(rank)) for number, rank in enumerate(ranks) if rank is not None}
-    count = max(1, math.floor(share * len(means) + 0.5))
-    return sorted(sorted(means, key=lambda number: means[number])[:count])
+    return sorted(sorted(means, key=lambda number: means[number])[: count_of(share, len(means))])
+
+
+def count_of(share: float, layers: int) -> int:
+    """So many of these layers are that share of them, at least one."""
+    return max(1, math.floor(share * layers + 0.5))
+
+
+def ranked_layers(model: LanguageModel) -> list[int]:
+    """The layers, from 0, whose mixer has attention weights."""
+    found = []
+    for number, (segment, place, _) in enumerate(model.stack.places):
+        blueprint = model.stack.periods[int(segment.removeprefix("segment_"))][int(place.removeprefix("layer_"))]
+        block = blueprint(jax.tree.map(lambda declared: None, blueprint.declarations))
+        if block.mixer is not None and hasattr(block.mixer.inner, "weights"):
+            found.append(number)
+    return found
 
 
 def _look(block: Block, spec: BlockSpec, x: jax.Array, context: Context) -> tuple[jax.Array, dict[str, jax.Array]]:

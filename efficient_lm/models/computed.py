@@ -18,7 +18,7 @@ class Computed:
     Attributes:
         tokens: how many.
         mixers, ffns: of each layer how many ran that half: float64 ``[layers]``.
-        flops: of the halves that ran, of the exits that were looked at to decide, and of the head.
+        flops: of the halves that ran, of what decided so (routers, exits that were looked at), and of the head.
         full_flops: of every half and the head.
     """
 
@@ -66,11 +66,22 @@ def computed(
         context_length: of sequences whose tokens cost as much on average.
     """
     width, (mixers, ffns) = model.spec.width, np.asarray(ran, np.float64)
-    of_mixers = np.array([s.mixer.flops_per_token(width, context_length) if s.mixer else 0.0 for s in model.layers])
-    of_ffns = np.array([s.ffn.flops_per_token(width) if s.ffn else 0.0 for s in model.layers])
+
+    def mixing(lengths: np.ndarray) -> np.ndarray:
+        parts = zip([layer.mixer for layer in model.layers], lengths, strict=True)
+        return np.array([mixer.flops_per_token(width, length) if mixer else 0.0 for mixer, length in parts])
+
+    whole = np.full(len(mixers), float(context_length))
+    # Tokens that a depth rule chooses see only each other.
+    depths = [layer.depth for layer in model.layers]
+    chosen = [depth is not None and depth.chooses for depth in depths]
+    seen = np.where(chosen, np.maximum(whole * mixers / max(tokens, 1), 1.0), whole)
+    of_ffns = np.array([layer.ffn.flops_per_token(width) if layer.ffn else 0.0 for layer in model.layers])
     head = 2.0 * width * model.spec.vocab_size
-    reads = np.zeros(len(mixers), bool) if skipping is None else skipping.reads(model)
-    flops = mixers @ of_mixers + ffns @ of_ffns + head * (tokens + np.maximum(mixers, ffns) @ reads)
-    full = tokens * (of_mixers.sum() + of_ffns.sum() + head)
+    rules = sum(depth.flops_per_token(width, lambda _: 0.0, context_length) for depth in depths if depth is not None)
+    flops = mixers @ mixing(seen) + ffns @ of_ffns + tokens * (rules + head)
+    if skipping is not None:
+        flops += np.maximum(mixers, ffns) @ skipping.deciding(model)
+    full = tokens * (mixing(whole).sum() + of_ffns.sum() + head)
     has = np.array([[s.mixer is not None, s.ffn is not None] for s in model.layers]).T
     return Computed(tokens, mixers * has[0], ffns * has[1], float(flops), float(full))

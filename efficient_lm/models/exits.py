@@ -7,13 +7,14 @@ of its own to leave there.
 
 import math
 from collections.abc import Iterator
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import lax
+from pydantic import Field
 
 from efficient_lm.models.context import Context
 from efficient_lm.models.layers.linear import Linear
@@ -74,7 +75,7 @@ class PonderLossSpec(ExitLossSpec):
 
     kind: Literal["ponder"] = "ponder"
     prior: Fraction = 0.2
-    penalty: Real = 0.01
+    penalty: Annotated[Real, Field(ge=0)] = 0.01
 
     def distribution(self, count: int) -> np.ndarray:
         """The geometric prior over `count` exits and the head, cut off there: float64, their sum is one."""
@@ -211,10 +212,14 @@ class Exits:
         """Whether exits have a probability to leave."""
         return "halting" in self.parts
 
+    @property
+    def stream_flops(self) -> float:
+        """Forward FLOPs of the accelerated stream past one layer, for one token; 0 without it."""
+        return 2.0 * count_parameters(self.parts["stream"][0].declarations) if "stream" in self.parts else 0.0
+
     def flops_per_token(self, vocabulary: int) -> float:
         """Forward FLOPs of every exit's head for one token, and of the accelerated stream."""
-        stream = 2.0 * count_parameters(self.declarations["stream"]) if "stream" in self.parts else 0.0
-        return stream + 2.0 * len(self.places) * self.width * vocabulary
+        return self.depth * self.stream_flops + 2.0 * len(self.places) * self.width * vocabulary
 
     def numbers(self) -> np.ndarray:
         """Of each layer the number of the exit behind it, that of all exits where there is none: int32 ``[layers]``."""

@@ -133,7 +133,7 @@ class ModelSpec(Spec):
             for name, block in self.blocks.items()
         }
         if not any(block.depth and block.depth.chooses for block in blocks.values()):
-            raise ConfigError("selection: no block of the model has a depth rule that chooses tokens")
+            raise ConfigError("selection: no block of the model has a depth rule that chooses tokens; leave it out")
         return self.model_copy(update={"blocks": blocks})
 
     def check_causal(self, purpose: str) -> None:

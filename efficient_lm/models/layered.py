@@ -77,7 +77,7 @@ def spec_of_layers(spec: ModelSpec, layers: Sequence[BlockSpec], **changes: Any)
     """The model whose layers have these specs, in place of those of `spec`, with other fields changed by name.
 
     Layers that bore one name and are still of the same kinds go on sharing a block, with lists of the values that
-    differ; others get blocks of their own, named after their channel mixer. Raises `ConfigError` for a fault of the
+    differ; others get blocks of their own, named after what is new in them. Raises `ConfigError` for a fault of the
     model's.
     """
     names, before = spec.layer_names(), spec.layers()
@@ -95,7 +95,7 @@ def spec_of_layers(spec: ModelSpec, layers: Sequence[BlockSpec], **changes: Any)
         kept = _kinds(group[0]) == _kinds(before[indices[0]])
         parts = [(whole, indices)] if whole is not None else _distinct(group, indices)
         for values, places in parts:
-            own = _unused(name if kept else f"{name}_{group[0].ffn.kind if group[0].ffn else 'none'}", blocks)
+            own = _unused(name if kept else f"{name}_{_new_kind(before[indices[0]], group[0])}", blocks)
             blocks[own] = values
             for place in places:
                 layout[place] = own
@@ -108,6 +108,12 @@ def spec_of_layers(spec: ModelSpec, layers: Sequence[BlockSpec], **changes: Any)
 
 def _kinds(layer: BlockSpec) -> tuple[str, ...]:
     return tuple("" if part is None else part.kind for part in (layer.mixer, layer.ffn, layer.depth))
+
+
+def _new_kind(before: BlockSpec, layer: BlockSpec) -> str:
+    """The kind of the part that was exchanged: the depth rule, or else the channel mixer."""
+    kinds = _kinds(layer)
+    return (kinds[2] if kinds[2] != _kinds(before)[2] else kinds[1]) or "none"
 
 
 def _unused(name: str, blocks: Mapping[str, Any]) -> str:

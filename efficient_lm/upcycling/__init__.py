@@ -1,4 +1,4 @@
-"""What is done with experts around a checkpoint: made of dense layers, merged, and dropped.
+"""What is done around a checkpoint: experts made of dense layers, merged, and dropped; mixture of depths around layers.
 
 The methods that make them are one file each; every file of this folder is imported.
 """

@@ -1,4 +1,4 @@
-"""The contract of a way from dense channel mixers to mixtures of experts, and what all of them share."""
+"""The contract of a way from a dense model to a conditional one, and what those share that make mixtures of experts."""
 
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
@@ -19,7 +19,17 @@ from efficient_lm.upcycling.statistics import Seen
 
 
 class UpcyclingSpec(Choice, role="upcycling"):
-    """A way from dense channel mixers to mixtures of experts. One file per kind in this folder.
+    """A way from a dense model to one whose tokens do not run all of it. One file per kind in this folder.
+
+    Attributes:
+        layers: the layers that change, from 0; null leaves it to the method.
+    """
+
+    layers: Annotated[Listing[Natural], Field(min_length=1)] | None = None
+
+
+class ExpertsSpec(UpcyclingSpec):
+    """A way from dense channel mixers to mixtures of experts.
 
     Attributes:
         experts: of each layer that becomes a mixture.
@@ -35,7 +45,6 @@ class UpcyclingSpec(Choice, role="upcycling"):
 
     experts: PerLayer[Count] = 8
     top_k: Count = 2
-    layers: Annotated[Listing[Natural], Field(min_length=1)] | None = None
     every: Count = 1
     rows: Literal["random", "domains"] | None = None
     router_std: Annotated[Real, Field(ge=0)] = 0.02
@@ -44,7 +53,7 @@ class UpcyclingSpec(Choice, role="upcycling"):
     pregate: dict[str, Any] | None = None
 
     @model_validator(mode="after")
-    def _fits(self) -> "UpcyclingSpec":
+    def _fits(self) -> "ExpertsSpec":
         if self.layers is not None and self.every != 1:
             raise ConfigError("method.every: method.layers says which layers; leave one of them out")
         if self.pregate is not None and self.rows == "domains":

@@ -29,7 +29,7 @@ class Looking(Spec):
 
 
 class UpcycleConfig(Looking):
-    """Experts made of dense channel mixers.
+    """Experts made of dense channel mixers, or mixture of depths around dense layers.
 
     Attributes:
         checkpoint: a run directory, one of its checkpoints, or a published model.

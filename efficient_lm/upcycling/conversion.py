@@ -9,14 +9,14 @@ import jax.numpy as jnp
 from efficient_lm.models.language_model import LanguageModel, ModelSpec
 from efficient_lm.models.layered import layer_parameters, spec_of_layers, with_layers
 from efficient_lm.models.parameters import Blueprint, Initialization, Parameters
-from efficient_lm.upcycling.base import UpcyclingSpec
+from efficient_lm.upcycling.base import ExpertsSpec
 from efficient_lm.upcycling.statistics import Domains, domains_seen
 
 
 def upcycled(
     model: LanguageModel,
     params: Parameters,
-    method: UpcyclingSpec,
+    method: ExpertsSpec,
     key: jax.Array,
     domains: Domains | None = None,
     dtype: jax.typing.DTypeLike = jnp.float32,
@@ -51,7 +51,7 @@ def upcycled(
     return spec, with_layers(new, outer, values)
 
 
-def upcycled_spec(model: LanguageModel, method: UpcyclingSpec) -> ModelSpec:
+def upcycled_spec(model: LanguageModel, method: ExpertsSpec) -> ModelSpec:
     """The architecture that a method makes; no parameter is read. Raises `ConfigError`."""
     chosen, layers = method.chosen(model), list(model.layers)
     for place, number in enumerate(chosen):

@@ -11,11 +11,11 @@ from efficient_lm.models.ffns.dense import DenseSpec
 from efficient_lm.models.ffns.moe import MoESpec
 from efficient_lm.models.parameters import Parameters
 from efficient_lm.spec import Real
-from efficient_lm.upcycling.base import UpcyclingSpec
+from efficient_lm.upcycling.base import ExpertsSpec
 from efficient_lm.upcycling.statistics import Seen
 
 
-class CopySpec(UpcyclingSpec):
+class CopySpec(ExpertsSpec):
     """Sparse upcycling (Komatsuzaki et al. 2023, section 3): experts begin as copies, the router anew.
 
     With normalised weights and no noise the model computes what the dense one did, whatever the router says.

@@ -14,11 +14,11 @@ from efficient_lm.models.layered import sliced
 from efficient_lm.models.parameters import Blueprint, Initialization, Parameters
 from efficient_lm.spec import Count, Fraction, Positive
 from efficient_lm.upcycling.assignment import balanced, most_active, universal
-from efficient_lm.upcycling.base import UpcyclingSpec
+from efficient_lm.upcycling.base import ExpertsSpec
 from efficient_lm.upcycling.statistics import Seen
 
 
-class SplitSpec(UpcyclingSpec):
+class SplitSpec(ExpertsSpec):
     """Experts carved from a dense channel mixer (Read-ME, Cai et al. 2024, section 3.1).
 
     With every unit in one expert, all experts chosen and weights of one, the model computes what the dense one did.

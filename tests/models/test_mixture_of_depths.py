@@ -9,6 +9,7 @@ import pytest
 
 from efficient_lm.errors import ConfigError
 from efficient_lm.models.block import BlockSpec
+from efficient_lm.models.computed import computed
 from efficient_lm.models.context import Context
 from efficient_lm.models.language_model import ModelSpec
 from efficient_lm.models.parameters import Blueprint, Initialization
@@ -305,6 +306,18 @@ def test_flops_are_those_of_the_compiled_program():
     assert abs((dense[1] - routed[1]) / (dense[0] - routed[0]) - 1) < 0.05
 
 
+@pytest.mark.parametrize("capacity", [0.25, 1.0])
+def test_what_was_computed_is_what_the_spec_counts(capacity):
+    """Routers, predictors, and attention among the tokens that ran."""
+    depth = {"kind": "mixture_of_depths", "capacity": capacity}
+    values = {"width": WIDTH, "vocab_size": 31, "blocks": {"layer": {**BLOCK, "depth": depth}}, "layout": ["layer"]}
+    model = validate(ModelSpec, {**values, "repeats": 2}, "model").build()
+    ran = np.full((2, 2), 5 * capacity * TIME)
+    found = computed(model, None, ran, 5 * TIME, TIME)
+    assert found.flops == pytest.approx(5 * TIME * model.flops_per_token(TIME))
+    assert (found.flops < found.full_flops) == (capacity < 1)
+
+
 def layers_of(repeats=4, **rule):
     spec = {"width": 16, "blocks": {"layer": {**BLOCK, "depth": {"kind": "mixture_of_depths", **rule}}},
             "layout": ["layer"], "repeats": repeats}  # fmt: skip
@@ -324,6 +337,7 @@ def test_capacity_by_layer():
     ("rule", "said"),
     [
         ({"capacity": 0}, "depth.capacity: expected a number above 0"),
+        ({"capacity": -0.5}, "depth.capacity: expected a number above 0"),
         ({"capacity": 1.5}, "depth.capacity: expected at most 1"),
         ({"capacity": {"center": 0.5, "amplitude": 0.6}}, "depth.capacity: 1.1 is outside (0, 1]; bound the schedule"),
         ({"capacity": [0.5, 0.5, 0.5]}, "'capacity' lists 3 values, but 4 layers use it"),

@@ -144,7 +144,7 @@ def test_layers_of_a_dense_model_get_the_rule(dense):
     [
         ([], RULE, "name the layers"),
         ([1], MixtureOfDepthsSpec(every=2), "leave 'every' at 1"),
-        ([4], RULE, "there is no layer 4; the last is 3"),
+        ([4], RULE, "there is no layer 4; valid: 0 to 3"),
     ],
 )
 def test_faults_of_the_conversion(dense, layers, rule, said):

@@ -104,7 +104,7 @@ def test_prefill_and_decoding_equal_the_full_pass(model, params, plain, kind):
     assert share.min() < 1 and share.max() == 1 and float(jnp.abs(want - plain).max()) > 0.1
 
 
-NEUTRAL = {"skip_decode": {"least": 4}, "ffn_skip": {"threshold": 1.0}, "patience": {"exits_alike": 9}}
+NEUTRAL = {"skip_decode": {"least": 4}, "ffn_skip": {"threshold": 1.0}, "confidence": {"threshold": 1.0}}
 
 
 @pytest.mark.parametrize("kind", NEUTRAL)
@@ -286,9 +286,11 @@ def test_flops_are_those_of_the_spec(model):
     assert found.flops == pytest.approx(10 * model.flops_per_token(TIME)) and found.flops == found.full_flops
     half = everything * [1, 1, 0, 0]
     found = computed(model, policy("confidence", layers=[2, 3]), half, 10, TIME)
-    head = 2 * WIDTH * VOCAB
-    # Half of the layers, the head, and the head once more at the exit they were left at.
-    assert found.flops / 10 == pytest.approx((model.flops_per_token(TIME) - head) / 2 + 2 * head)
+    head, stream = 2 * WIDTH * VOCAB, 2 * 3 * WIDTH * 4
+    # Half of the layers, the accelerated stream past them, the head, and the head at the exit they were left at.
+    assert found.flops / 10 == pytest.approx((model.flops_per_token(TIME) - head) / 2 + 2 * head + 2 * stream)
+    pondered = computed(model, policy("ponder"), half, 10, TIME)
+    assert (found.flops - pondered.flops) / 10 == pytest.approx(head - 2 * 2 * WIDTH)
     assert found.figures()["mixers_per_token"] == 2 and found.figures()["ffns_per_token"] == 1
 
 
@@ -302,6 +304,9 @@ FAULTS = [
     (policy("confidence"), {}, "skipping.layers: 'confidence' needs exits, and the model has none"),
     (policy("confidence", layers=[4]), {}, "skipping.layers: there is no exit behind layer 4 of 4 but the head"),
     (policy("patience", layers=[1]), {"exits": {"layers": [2, 3]}}, "behind layer 1; did you mean 2? valid: 2, 3"),
+    (policy("patience", layers=[]), {"exits": {"layers": [2, 3]}}, "skipping.layers: the list is empty; valid: 2, 3"),
+    (policy("patience"), {"exits": {"layers": [2, 3]}}, "skipping.exits_alike: 2, but of 2 exits the first has none"),
+    (policy("patience"), {"exits": {"every": 2}}, "skipping.layers: one exit has none before it to agree with"),
     (policy("ponder"), {"exits": {"every": 2}}, "skipping.kind: 'ponder' needs probabilities to leave"),
 ]  # fmt: skip
 

@@ -18,7 +18,7 @@ from efficient_lm.models.layers.linear import Linear
 from efficient_lm.models.layers.norms import NormSpec, RMSNormSpec
 from efficient_lm.models.mixers.base import Cache, MixerSpec
 from efficient_lm.models.parameters import ONES, ZEROS, Initialization, Initializer, parameter
-from efficient_lm.spec import Count, Fraction, Natural, OneOf, PerLayer, Positive, Real
+from efficient_lm.spec import Count, Natural, OneOf, PerLayer, Positive, Real
 
 SPARE = 32
 """Tokens that a cache has room for beyond the share that is expected, so that short texts are never cut short."""
@@ -29,7 +29,7 @@ WEIGHTS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "tanh": jnp.tanh,
 }
 
-Capacity = Annotated[Fraction, Field(gt=0)]
+Capacity = Annotated[Real, Field(gt=0, le=1)]
 Selection = Literal["top_k", "causal"]
 
 

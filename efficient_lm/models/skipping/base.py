@@ -50,9 +50,9 @@ class SkippingSpec(Choice, role="skipping"):
         """What takes the decisions in one pass of a model that was checked."""
         raise TypeError(f"{type(self).__name__} does not define traversal")
 
-    def reads(self, model: "LanguageModel") -> np.ndarray:
-        """Behind which layers a token that has run them meets the head, to decide: bool ``[layers]``."""
-        return np.zeros(len(model.layers), bool)
+    def deciding(self, model: "LanguageModel") -> np.ndarray:
+        """FLOPs of deciding behind each layer, for a token that has run it: float64 ``[layers]``."""
+        return np.zeros(len(model.layers))
 
 
 def live(context: Context) -> jax.Array:

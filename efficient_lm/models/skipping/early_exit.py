@@ -43,11 +43,21 @@ class EarlyExitSpec(SkippingSpec):
             else:
                 yield from place_faults(self.layers, None, len(model.layers))
         else:
+            if self.layers is not None and not self.layers:
+                yield "layers", f"the list is empty; valid: {', '.join(map(str, model.exits.places))}, or null for all"
             for place in self.layers or ():
                 if place not in model.exits.places:
                     near = min(model.exits.places, key=lambda exit: abs(exit - place))
                     valid = ", ".join(map(str, model.exits.places))
                     yield "layers", f"the model has no exit behind layer {place}; did you mean {near}? valid: {valid}"
+
+    def deciding(self, model: "LanguageModel") -> np.ndarray:
+        exits, numbers = self.exits(model)
+        return exits.stream_flops + np.where(numbers < len(exits.places), self.criterion_flops(model), 0.0)
+
+    def criterion_flops(self, model: "LanguageModel") -> float:
+        """FLOPs of looking at a token at one exit."""
+        raise TypeError(f"{type(self).__name__} does not define criterion_flops")
 
     def exits(self, model: "LanguageModel") -> tuple[Exits, np.ndarray]:
         """The exits, and of each layer the number of the exit that is looked at behind it, or how many there are."""
@@ -121,6 +131,5 @@ class EarlyExit(Traversal):
 class HeadExitSpec(EarlyExitSpec):
     """A criterion of what the head says at the exits."""
 
-    def reads(self, model: "LanguageModel") -> np.ndarray:
-        exits, numbers = self.exits(model)
-        return numbers < len(exits.places)
+    def criterion_flops(self, model: "LanguageModel") -> float:
+        return 2.0 * model.spec.width * model.spec.vocab_size

@@ -1,11 +1,14 @@
 """A token leaves once several exits in a row have said the same."""
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from efficient_lm.models.parameters import Parameters
+from efficient_lm.models.skipping.base import count_fault
 from efficient_lm.models.skipping.early_exit import EarlyExit, HeadExitSpec
 from efficient_lm.models.traversal import Traversal
 from efficient_lm.spec import Count
@@ -26,6 +29,18 @@ class PatienceSpec(HeadExitSpec):
 
     kind: Literal["patience"] = "patience"
     exits_alike: Count = 2
+
+    def faults(self, model: "LanguageModel") -> Iterator[tuple[str, str]]:
+        faults = list(super().faults(model))
+        yield from faults
+        if not faults:
+            exits, numbers = self.exits(model)
+            count = int(np.sum(numbers < len(exits.places)))
+            if count < 2:
+                yield "layers", "one exit has none before it to agree with; name two, or take skipping=confidence"
+            else:
+                said = f"of {count} exits the first has none before it"
+                yield from count_fault("exits_alike", self.exits_alike, 1, count - 1, said)
 
     def traversal(self, model: "LanguageModel", params: Parameters) -> Traversal:
         return _Patience(self, model, params)

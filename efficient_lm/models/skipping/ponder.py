@@ -33,6 +33,9 @@ class PonderSpec(EarlyExitSpec):
         else:
             yield from super().faults(model)
 
+    def criterion_flops(self, model: "LanguageModel") -> float:
+        return 2.0 * model.spec.width
+
     def traversal(self, model: "LanguageModel", params: Parameters) -> Traversal:
         return _Ponder(self, model, params)
 
