@@ -75,6 +75,7 @@ MARKED = [pytest.param(name, marks=pytest.mark.slow) if name.endswith("_dense") 
 slow_if_dense = pytest.mark.parametrize("golden", MARKED, indirect=True)
 
 
+@pytest.mark.usefixtures("optimized")
 def test_logits(golden):
     want = golden.arrays["logits"]
     assert np.abs(np.asarray(golden.model.logits(golden.ids)) - want).max() < 2e-5 * np.abs(want).max()
