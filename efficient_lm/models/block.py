@@ -3,7 +3,7 @@
 A depth rule, where there is one, decides which tokens run it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -94,6 +94,17 @@ class BlockSpec(Spec):
             factors = factors_of(getattr(self, name))
             changes[name] = factors.mixer if factors.mixer == factors.ffn else factors
         return self.model_copy(update=changes)
+
+    def axis_sizes(self) -> dict[str, dict[str, int]]:
+        """Of a resolved spec, by half, how many units each elastic axis has (see `models.elastic`)."""
+        return {name: part.axis_sizes() for name, part in self._parts.items() if name != "depth" and part is not None}
+
+    def cut(self, width: int, units: Mapping[str, Mapping[str, int]]) -> "BlockSpec":
+        """Of a resolved spec, the same in a model of this width, with so many units of axes of its halves."""
+        halves = {
+            name: part.cut(units.get(name, {})) for name, part in self._parts.items() if name in self.axis_sizes()
+        }
+        return self.model_copy(update=halves).resolved(width)
 
     @property
     def _parts(self) -> dict[str, MixerSpec | FFNSpec | DepthSpec | None]:

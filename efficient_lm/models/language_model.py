@@ -13,6 +13,7 @@ from efficient_lm.errors import ConfigError, nearest
 from efficient_lm.models.auxiliary import Auxiliary
 from efficient_lm.models.block import REMAT_NAMES, BlockSpec
 from efficient_lm.models.context import Context
+from efficient_lm.models.elastic import ElasticSpec, NumberingSpec
 from efficient_lm.models.exits import Exits, ExitSpec, ExitStreams
 from efficient_lm.models.layers.norms import NormSpec, RMSNormSpec
 from efficient_lm.models.mixers.base import MixerSpec
@@ -42,6 +43,8 @@ class ModelSpec(Spec):
         logit_softcap: bounds the logits by ``softcap * tanh(logit / softcap)``.
         logit_multiplier: factor of the logits.
         exits: where tokens may leave early, and how that is trained; null has no exit but the head.
+        elastic: what smaller models there are inside; null: none that are trained.
+        numbering: of a model that has layers of another, the places they had there; null: layers go by their own.
         init_std: standard deviation of every matrix; null takes ``fan_in ** -0.5``.
         embedding_std: standard deviation of the embedding.
         remat, remat_names: what the backward pass recomputes (see `stack.checkpoint_policy`). ``dots`` ran fastest on
@@ -62,6 +65,8 @@ class ModelSpec(Spec):
     logit_softcap: Positive | None = None
     logit_multiplier: Positive = 1.0
     exits: ExitSpec | None = None
+    elastic: ElasticSpec | None = None
+    numbering: NumberingSpec | None = None
     init_std: Positive | None = None
     embedding_std: Positive = 0.02
     remat: Remat = "dots"
@@ -199,7 +204,7 @@ class LanguageModel:
         init = Initialization(spec.init_std, (2 * len(layers)) ** -0.5)
         self.spec, self.layers = spec, layers
         self.embedding = Blueprint(lambda: Embedding(spec))
-        self.stack = Stack(layers, spec.width, init, spec.remat, spec.remat_names, spec.scan)
+        self.stack = Stack(layers, spec.width, init, spec.remat, spec.remat_names, spec.scan, spec.numbering)
         self.head = Blueprint(lambda: Head(spec, init))
         self.pregate = spec.pregate and Blueprint(lambda: spec.pregate.build(spec.width, init))
         self.exits = spec.exits and Exits(spec.exits, len(layers), spec.width, spec.final_norm, init)

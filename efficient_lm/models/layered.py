@@ -73,14 +73,18 @@ def joined(parts: Sequence[Parameters], declarations: Parameters, axis: str) -> 
     return jax.tree.map(join, declarations, *parts, is_leaf=is_declaration)
 
 
-def spec_of_layers(spec: ModelSpec, layers: Sequence[BlockSpec], **changes: Any) -> ModelSpec:
+def spec_of_layers(
+    spec: ModelSpec, layers: Sequence[BlockSpec], sources: Sequence[int] | None = None, **changes: Any
+) -> ModelSpec:
     """The model whose layers have these specs, in place of those of `spec`, with other fields changed by name.
 
     Layers that bore one name and are still of the same kinds go on sharing a block, with lists of the values that
-    differ; others get blocks of their own, named after what is new in them. Raises `ConfigError` for a fault of the
-    model's.
+    differ; others get blocks of their own, named after what is new in them. `sources` are the numbers of the layers of
+    `spec` that they were, all of them if None. Raises `ConfigError` for a fault of the model's.
     """
-    names, before = spec.layer_names(), spec.layers()
+    every, all_layers = spec.layer_names(), spec.layers()
+    sources = range(len(every)) if sources is None else sources
+    names, before = [every[number] for number in sources], [all_layers[number] for number in sources]
     members: dict[tuple[str, ...], list[int]] = {}
     for index, layer in enumerate(layers):
         members.setdefault((names[index], *_kinds(layer)), []).append(index)
@@ -88,7 +92,7 @@ def spec_of_layers(spec: ModelSpec, layers: Sequence[BlockSpec], **changes: Any)
     layout = list(names)
     for (name, *_), indices in members.items():
         group = [layers[index] for index in indices]
-        if all(before[index] == layers[index] for index in indices) and len(indices) == names.count(name):
+        if all(before[index] == layers[index] for index in indices) and len(indices) == every.count(name):
             blocks[name] = spec.blocks[name].dump()
             continue
         whole = _folded(group)

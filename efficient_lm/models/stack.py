@@ -17,6 +17,7 @@ from jax import lax
 from efficient_lm.models.auxiliary import Auxiliary, added
 from efficient_lm.models.block import REMAT_NAMES, BlockSpec
 from efficient_lm.models.context import Context
+from efficient_lm.models.elastic import NumberingSpec
 from efficient_lm.models.layers.linear import GROUPED
 from efficient_lm.models.parameters import Blueprint, Initialization, Parameters, map_declarations
 from efficient_lm.models.traversal import State, Streams, Traversal
@@ -89,6 +90,7 @@ class Stack:
     Args:
         layers: one resolved spec per layer.
         scan: False unrolls every layer (slower to compile, same result).
+        numbering: what layers are told of their place; None: what it is.
     """
 
     def __init__(
@@ -99,8 +101,10 @@ class Stack:
         remat: Remat = "none",
         remat_names: Sequence[str] = REMAT_NAMES,
         scan: bool = True,
+        numbering: NumberingSpec | None = None,
     ):
-        self.segments, self.depth = segment(layers), len(layers)
+        self.segments, self.depth = segment(layers), numbering.of if numbering else len(layers)
+        self.numbers = tuple(numbering.layers if numbering else range(len(layers)))
         self.scan, self.remat = scan, checkpoint_policy(remat, remat_names)
         kinds = {spec: Blueprint(lambda spec=spec: spec.build(width, init)) for spec in dict.fromkeys(layers)}
         self.periods = [[kinds[spec] for spec in part.period] for part in self.segments]
@@ -157,7 +161,8 @@ class Stack:
         observed: dict[str, Any] = {}
         state = None if traversal is None else traversal.start(x)
         for name, (part, period) in zip(params, zip(self.segments, self.periods, strict=True), strict=True):
-            order = part.start + jnp.arange(part.layers, dtype=jnp.int32).reshape(part.repeats, len(period))
+            mine = self.numbers[part.start : part.start + part.layers]
+            order = jnp.asarray(mine, jnp.int32).reshape(part.repeats, len(period))
             tables = None if traversal is None else _cut(traversal.tables, part)
             steps = (params[name], None if caches is None else caches[name], order, tables)
             body = self._period(period, context, traversal)

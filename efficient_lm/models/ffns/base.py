@@ -8,11 +8,12 @@ from collections.abc import Iterator
 import jax
 from flax import nnx
 
+from efficient_lm.models.elastic import Elastic
 from efficient_lm.models.parameters import Initialization, Parameters
 from efficient_lm.spec import Choice
 
 
-class FFNSpec(Choice, role="ffn"):
+class FFNSpec(Elastic, Choice, role="ffn"):
     """A channel mixer. One file per kind in this folder; defining the class registers it."""
 
     def faults(self, width: int) -> Iterator[tuple[str, str]]:

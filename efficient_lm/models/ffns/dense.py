@@ -45,6 +45,9 @@ class DenseSpec(FFNSpec):
         hidden = self.hidden_size(width)
         return self.model_copy(update={"hidden": hidden, "expansion": hidden / width})
 
+    def counted(self) -> dict[str, tuple[str, ...]]:
+        return {"ffn": ("hidden",)}
+
     def build(self, width: int, init: Initialization, experts: int | None = None) -> "Dense":
         """The module; with `experts`, so many of them in one, for `Dense.transformed` of rows in groups."""
         return Dense(self, width, init, experts)

@@ -1,6 +1,7 @@
 """Mixture of experts: each token goes through a few of many channel mixers."""
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any, Literal
 
@@ -123,6 +124,26 @@ class MoESpec(FFNSpec):
     def resolved(self, width: int) -> "MoESpec":
         shared = self.shared and self.shared.resolved(width)
         return self.model_copy(update={"expert": self.expert.resolved(self.latent or width), "shared": shared})
+
+    def axis_sizes(self) -> dict[str, int]:
+        """Of routed experts, and of hidden units that they and what is shared can both be cut by.
+
+        Experts that are chosen by groups cannot be fewer, for groups would no longer be equal.
+        """
+        sizes = [part.axis_sizes()["ffn"] for part in (self.expert, self.shared) if part is not None]
+        fixed = self.router.groups > 1 or self.router.pregated or self.zero_experts
+        return {"ffn": math.gcd(*sizes)} | ({} if fixed else {"experts": self.experts})
+
+    def cut(self, units: Mapping[str, int]) -> "MoESpec":
+        changes: dict[str, Any] = {}
+        if "ffn" in units:
+            whole = self.axis_sizes()["ffn"]
+            for name in ("expert", "shared"):
+                part = getattr(self, name)
+                changes[name] = part and part.cut({"ffn": part.axis_sizes()["ffn"] * units["ffn"] // whole})
+        if "experts" in units and "experts" in self.axis_sizes():
+            changes["experts"] = units["experts"]
+        return self.model_copy(update=changes)
 
     def build(self, width: int, init: Initialization) -> nnx.Module:
         return MoE(self, width, init)

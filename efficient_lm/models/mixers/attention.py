@@ -11,7 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 from efficient_lm.models.context import Context
 from efficient_lm.models.layers.linear import Linear
 from efficient_lm.models.layers.norms import NormSpec
-from efficient_lm.models.layers.positions import PositionSpec, RotarySpec
+from efficient_lm.models.layers.positions import NoPositionSpec, PositionSpec, RotarySpec
 from efficient_lm.models.mixers.base import Cache, MixerSpec, dividing
 from efficient_lm.models.mixers.token_cache import TokenCache, mean_seen, memory_faults, places, rows
 from efficient_lm.models.parameters import ZEROS, Initialization, parameter
@@ -87,6 +87,11 @@ class AttentionSpec(MixerSpec):
         heads = self.head_count(width)
         sizes = {"heads": heads, "kv_heads": self.kv_heads or heads, "head_size": self.size_per_head(width)}
         return self.model_copy(update=sizes)
+
+    def counted(self) -> dict[str, tuple[str, ...]]:
+        # What is added to the logits depends on how many heads there are.
+        turned = isinstance(self.position, RotarySpec | NoPositionSpec)
+        return {"heads": ("kv_heads", "heads")} if turned else {}
 
     def build(self, width: int, init: Initialization) -> nnx.Module:
         return Attention(self, width, init)

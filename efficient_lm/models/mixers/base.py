@@ -12,6 +12,7 @@ from typing import ClassVar
 import jax
 from flax import nnx
 
+from efficient_lm.models.elastic import Elastic
 from efficient_lm.models.parameters import Initialization
 from efficient_lm.spec import Choice
 
@@ -19,7 +20,7 @@ Cache = dict[str, jax.Array]
 """What a mixer remembers of the tokens it has seen; every array has a leading batch axis."""
 
 
-class MixerSpec(Choice, role="mixer"):
+class MixerSpec(Elastic, Choice, role="mixer"):
     """A sequence mixer. One file per kind in this folder; defining the class registers it.
 
     Attributes:

@@ -23,7 +23,8 @@ class BasedSpec(MixerSpec):
     ``linear_attention`` and ``attention`` writes as well; here each has its own maps and every layer has both.
 
     Attributes:
-        heads: of either part; None has one per 64 values of width.
+        heads: of either part; None has as many as `head_size` (64, unless given) goes into the width.
+        head_size: values per head; None takes ``width / heads``.
         feature_size: values per head of the queries and keys whose exponential is approximated; the state has
             ``1 + feature_size + feature_size (feature_size + 1) / 2`` rows.
         window: tokens that the exact part sees, the current one included.
@@ -33,6 +34,7 @@ class BasedSpec(MixerSpec):
 
     kind: Literal["based"] = "based"
     heads: PerLayer[Count | None] = None
+    head_size: Count | None = None
     feature_size: Count = 16
     window: PerLayer[Count] = 64
     chunk_size: Count | None = None
@@ -40,19 +42,25 @@ class BasedSpec(MixerSpec):
 
     def parts(self, width: int) -> ParallelSpec:
         """Both parts as mixers side by side."""
-        heads = self.heads or max(1, width // HEAD_SIZE)
+        heads = self.heads or max(1, width // (self.head_size or HEAD_SIZE))
         linear = LinearAttentionSpec(
-            heads=heads, key_size=self.feature_size, feature_map=TaylorSpec(),
+            heads=heads, key_size=self.feature_size, value_size=self.head_size, feature_map=TaylorSpec(),
             chunk_size=self.chunk_size, implementation=self.implementation,
         )  # fmt: skip
-        window = AttentionSpec(heads=heads, window=self.window, implementation=self.implementation)
+        window = AttentionSpec(
+            heads=heads, head_size=self.head_size, window=self.window, implementation=self.implementation
+        )
         return ParallelSpec(first=BranchSpec(mixer=linear), second=BranchSpec(mixer=window))
 
     def faults(self, width: int) -> Iterator[tuple[str, str]]:
         yield from ((key.split(".")[-1], message) for key, message in self.parts(width).faults(width))
 
     def resolved(self, width: int) -> "BasedSpec":
-        return self.model_copy(update={"heads": self.heads or max(1, width // HEAD_SIZE)})
+        heads = self.heads or max(1, width // (self.head_size or HEAD_SIZE))
+        return self.model_copy(update={"heads": heads, "head_size": self.head_size or width // heads})
+
+    def counted(self) -> dict[str, tuple[str, ...]]:
+        return {"heads": ("heads",)}
 
     def build(self, width: int, init: Initialization) -> nnx.Module:
         return self.parts(width).build(width, init)

@@ -71,6 +71,9 @@ class DeltaRuleSpec(MixerSpec):
         sizes = {"heads": heads, "key_heads": self.key_heads or heads, "key_size": key_size, "value_size": value_size}
         return self.model_copy(update=sizes)
 
+    def counted(self) -> dict[str, tuple[str, ...]]:
+        return {"heads": ("key_heads", "heads"), "state": ("key_size",)}
+
     def flops_per_token(self, width: int, context_length: int) -> float:
         """Maps, convolutions, and the recurrent form: three products per entry of the state."""
         sizes = self.resolved(width)

@@ -63,6 +63,10 @@ class DifferentialAttentionSpec(AttentionSpec):
     def value_size(self, width: int) -> int:
         return 2 * self.size_per_head(width)
 
+    def counted(self) -> dict[str, tuple[str, ...]]:
+        # Heads work in pairs, the second half of them against the first.
+        return {}
+
     def build(self, width: int, init: Initialization) -> "DifferentialAttention":
         return DifferentialAttention(self, width, init)
 

@@ -33,6 +33,9 @@ class GLASpec(MatrixStateSpec):
     temperature: Positive = 16.0
     norm: OneOf[NormSpec] = RMSNormSpec(epsilon=1e-5)
 
+    def counted(self) -> dict[str, tuple[str, ...]]:
+        return super().counted() | {"state": ("key_size",), "rank": ("rank",)}
+
     def weights(self, width: int) -> int:
         sizes = self.resolved(width)
         decay = self.rank * (width + sizes.heads * sizes.key_size)

@@ -29,6 +29,9 @@ class HGRN2Spec(MatrixStateSpec):
     kind: Literal["hgrn2"] = "hgrn2"
     norm: OneOf[NormSpec] = RMSNormSpec(epsilon=1e-5)
 
+    def counted(self) -> dict[str, tuple[str, ...]]:
+        return super().counted() | {"state": ("key_size",)}
+
     def build(self, width: int, init: Initialization) -> "HGRN2":
         return HGRN2(self, width, init)
 

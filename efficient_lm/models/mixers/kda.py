@@ -33,6 +33,9 @@ class KDASpec(DeltaRuleSpec):
         sizes = super().resolved(width)
         return sizes.model_copy(update={"rank": self.rank or sizes.value_size})
 
+    def counted(self) -> dict[str, tuple[str, ...]]:
+        return super().counted() | {"rank": ("rank",)}
+
     def build(self, width: int, init: Initialization) -> nnx.Module:
         return KDA(self, width, init)
 

@@ -1,5 +1,6 @@
 """Lightning attention: linear attention whose heads forget at fixed rates, the slower the deeper the layer."""
 
+from collections.abc import Mapping
 from typing import Literal
 
 import jax
@@ -11,7 +12,7 @@ from efficient_lm.models.layers.norms import NormSpec, RMSNormSpec
 from efficient_lm.models.mixers.fixed_decay import FixedDecay, FixedDecaySpec
 from efficient_lm.models.mixers.matrix_state import gated
 from efficient_lm.models.parameters import Initialization
-from efficient_lm.spec import OneOf
+from efficient_lm.spec import Count, OneOf
 
 
 class LightningSpec(FixedDecaySpec):
@@ -25,6 +26,7 @@ class LightningSpec(FixedDecaySpec):
         decay: what λ is in head h of H and layer l of L, both from 0. ``linear``: ``exp(-(8 h / H) (1 - l / L))``, of
             TransNormerLLM; ``geometric``: ``exp(-2 ** (-8 (h + 1) / H) (1 - l / (L - 1 + 1e-5) + 1e-5))``, of
             MiniMax-01.
+        decay_heads: H; null takes `heads`, of which a smaller model keeps the first.
         position: how queries and keys turn in the model's first layer; in others the decay alone tells order.
         norm: of all heads together.
     """
@@ -34,7 +36,11 @@ class LightningSpec(FixedDecaySpec):
     value_activation: Activation = "identity"
     gate_activation: Activation = "identity"
     decay: Literal["linear", "geometric"] = "linear"
+    decay_heads: Count | None = None
     norm: OneOf[NormSpec] = RMSNormSpec(scale=False)
+
+    def cut(self, units: Mapping[str, int]) -> "LightningSpec":
+        return super().cut(units).model_copy(update={"decay_heads": self.decay_heads or self.heads})
 
     def build(self, width: int, init: Initialization) -> "Lightning":
         return Lightning(self, width, init)
@@ -55,9 +61,10 @@ class Lightning(FixedDecay):
     def _rates(self, context: Context) -> jax.Array:
         """``log λ``, float32 ``[heads]``."""
         head, layer = jnp.arange(self.spec.heads, dtype=jnp.float32), jnp.asarray(context.layer, jnp.float32)
+        heads = self.spec.decay_heads or self.spec.heads
         if self.spec.decay == "linear":
-            return -8 * head / self.spec.heads * (1 - layer / context.layers)
-        return -jnp.exp2(-8 * (head + 1) / self.spec.heads) * (1 - layer / (context.layers - 1 + 1e-5) + 1e-5)
+            return -8 * head / heads * (1 - layer / context.layers)
+        return -jnp.exp2(-8 * (head + 1) / heads) * (1 - layer / (context.layers - 1 + 1e-5) + 1e-5)
 
     def _normed(self, y: jax.Array, x: jax.Array) -> jax.Array:
         return gated(self.norm(y.astype(jnp.float32)), self.gate(x), self.spec.gate_activation)

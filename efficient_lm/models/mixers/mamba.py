@@ -70,6 +70,9 @@ class MambaSpec(MixerSpec):
         inner = self.inner_size(width)
         return self.model_copy(update={"inner": inner, "expand": inner / width, "rank": self.rank_size(width)})
 
+    def counted(self) -> dict[str, tuple[str, ...]]:
+        return {"heads": ("inner",), "state": ("state_size",), "rank": ("rank",)}
+
     def build(self, width: int, init: Initialization) -> nnx.Module:
         return Mamba(self, width, init)
 

@@ -95,6 +95,10 @@ class Mamba2Spec(MixerSpec):
         unread = {} if self.norm else {"norm_epsilon": type(self).model_fields["norm_epsilon"].default}
         return self.model_copy(update={**sizes, **unread, "expand": self.inner_size(width) / width})
 
+    def counted(self) -> dict[str, tuple[str, ...]]:
+        heads = ("groups", "heads") if self.groups > 1 else ("heads",)
+        return {"heads": heads, "state": ("state_size",)}
+
     def build(self, width: int, init: Initialization) -> nnx.Module:
         return Mamba2(self, width, init)
 

@@ -11,7 +11,7 @@ from efficient_lm.models.layers.ternary import TernaryLinear
 from efficient_lm.models.mixers.base import Cache, MixerSpec
 from efficient_lm.models.mixers.recurrent import Implementation, documents, empty, entering, leaving
 from efficient_lm.models.parameters import Initialization
-from efficient_lm.spec import Count, Positive
+from efficient_lm.spec import Count, PerLayer, Positive
 from kernels_pallas.linear_recurrence import linear_recurrence
 
 
@@ -23,19 +23,28 @@ class MatMulFreeSpec(MixerSpec):
 
     Attributes:
         expand: inner channels as a multiple of width.
+        inner: inner channels, instead of `expand`.
         bias: whether the maps have biases.
         chunk_size, implementation: see `kernels_pallas.linear_recurrence`.
     """
 
     kind: Literal["matmul_free"] = "matmul_free"
     expand: Positive = 1.0
+    inner: PerLayer[Count | None] = None
     bias: bool = False
     chunk_size: Count | None = None
     implementation: Implementation = "auto"
 
     def inner_size(self, width: int) -> int:
         """Inner channels in a model of this width."""
-        return max(1, round(self.expand * width))
+        return self.inner or max(1, round(self.expand * width))
+
+    def resolved(self, width: int) -> "MatMulFreeSpec":
+        inner = self.inner_size(width)
+        return self.model_copy(update={"inner": inner, "expand": inner / width})
+
+    def counted(self) -> dict[str, tuple[str, ...]]:
+        return {"heads": ("inner",)}
 
     def build(self, width: int, init: Initialization) -> nnx.Module:
         return MatMulFree(self, width, init)

@@ -50,6 +50,9 @@ class MatrixStateSpec(MixerSpec):
         values = self.value_size or int(self.value_share * width) // heads
         return self.model_copy(update={"heads": heads, "key_size": keys, "value_size": values})
 
+    def counted(self) -> dict[str, tuple[str, ...]]:
+        return {"heads": ("heads",)}
+
     def state_shape(self, width: int) -> tuple[int, int, int]:
         """Heads, rows and columns of the state."""
         sizes = self.resolved(width)

@@ -96,6 +96,9 @@ class MultiLatentSpec(MixerSpec):
         factor = max(scaling.factor, 1.0) if scaling else 1.0
         return scale * (0.1 * self.mscale * math.log(factor) + 1.0) ** 2
 
+    def counted(self) -> dict[str, tuple[str, ...]]:
+        return {"heads": ("heads",), "rank": ("latent_size",)}
+
     def build(self, width: int, init: Initialization) -> nnx.Module:
         return MultiLatent(self, width, init)
 

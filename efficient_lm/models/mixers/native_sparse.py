@@ -75,6 +75,9 @@ class NativeSparseSpec(MixerSpec):
         sizes = {"heads": heads, "kv_heads": self.kv_heads or heads, "head_size": self.head_size or width // heads}
         return self.model_copy(update=sizes)
 
+    def counted(self) -> dict[str, tuple[str, ...]]:
+        return {"heads": ("kv_heads", "heads")}
+
     def build(self, width: int, init: Initialization) -> nnx.Module:
         return NativeSparse(self, width, init)
 

@@ -1,6 +1,7 @@
 """Several mixers side by side on the same input, summed."""
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Mapping
 from typing import Literal
 
 import jax
@@ -57,6 +58,23 @@ class ParallelSpec(MixerSpec):
                 for name, branch in self.branches.items()
             }
         )
+
+    def axis_sizes(self) -> dict[str, int]:
+        """By axis what all branches that have it can be cut by: of their numbers the greatest common divisor."""
+        found: dict[str, set[int]] = {}
+        for branch in self.branches.values():
+            for axis, count in branch.mixer.axis_sizes().items():
+                found.setdefault(axis, set()).add(count)
+        return {axis: math.gcd(*counts) for axis, counts in found.items()}
+
+    def cut(self, units: Mapping[str, int]) -> "ParallelSpec":
+        """Every branch by the same part."""
+        changes, mine = {}, self.axis_sizes()
+        for name, branch in self.branches.items():
+            counts = branch.mixer.axis_sizes()
+            theirs = {axis: units[axis] * counts[axis] // mine[axis] for axis in counts if axis in units}
+            changes[name] = branch.model_copy(update={"mixer": branch.mixer.cut(theirs)})
+        return self.model_copy(update=changes)
 
     def build(self, width: int, init: Initialization) -> nnx.Module:
         return Parallel(self, width, init)

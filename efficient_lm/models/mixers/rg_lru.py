@@ -64,6 +64,9 @@ class RGLRUSpec(MixerSpec):
         inner = self.inner_size(width)
         return self.model_copy(update={"inner": inner, "expand": inner / width})
 
+    def counted(self) -> dict[str, tuple[str, ...]]:
+        return {"heads": ("heads", "inner")}
+
     def build(self, width: int, init: Initialization) -> nnx.Module:
         return RGLRU(self, width, init)
 
