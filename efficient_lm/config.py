@@ -13,9 +13,11 @@ import efficient_lm.objectives  # noqa: F401  (every kind of the folder register
 from efficient_lm.composition import compose, read_yaml, to_yaml
 from efficient_lm.data.base import AnyData
 from efficient_lm.data.tokenizers import TokenizerSpec
+from efficient_lm.elastic.nesting import NestingSpec, NoNestingSpec
 from efficient_lm.errors import CheckpointError, ConfigError
 from efficient_lm.evaluation.windows import WindowSpec
 from efficient_lm.models.depth.base import DepthSpec
+from efficient_lm.models.elastic import MATFORMER
 from efficient_lm.models.ffns.base import FFNSpec
 from efficient_lm.models.language_model import ModelSpec
 from efficient_lm.models.mixers.base import MixerSpec
@@ -109,11 +111,13 @@ class RunConfig(Spec):
     """A training run, whole. What `config.yaml` in a run directory holds.
 
     Attributes:
+        nesting: how the models inside an elastic one (`model.elastic`) are trained.
         init_from: what the parameters begin with: a published model, a run directory or a checkpoint; None draws them.
     """
 
     model: ModelSpec
     objective: OneOf[ObjectiveSpec]
+    nesting: OneOf[NestingSpec] = NoNestingSpec()
     data: AnyData
     tokenizer: OneOf[TokenizerSpec]
     optimizer: OneOf[OptimizerSpec]
@@ -134,7 +138,15 @@ class RunConfig(Spec):
             raise ConfigError("train.stop_at_accuracy: nothing looks at the accuracy; set train.evaluate_every")
         if self.objective.causal:
             self.model.check_causal(f"objective '{self.objective.kind}' predicts")
-        return self._with_sequence_length()
+        return self._with_elastic_axis()._with_sequence_length()
+
+    def _with_elastic_axis(self) -> "RunConfig":
+        """With MatFormer's granularities, where models inside are to be trained and nobody says which."""
+        model = self.model
+        if model.elastic is None and not isinstance(self.nesting, NoNestingSpec):
+            model = model.model_copy(update={"elastic": MATFORMER})
+        self.nesting.check(model)
+        return self if model is self.model else self.model_copy(update={"model": model})
 
     def _with_sequence_length(self) -> "RunConfig":
         given, rows = self.train.sequence_length, self.data.row_length
@@ -144,14 +156,21 @@ class RunConfig(Spec):
         return self if given is not None else self.model_copy(update={"train": train})
 
 
+Parts = Real | Annotated[Listing[Real], Field(min_length=1)] | dict[str, Real]
+"""A part of an axis of a model: one, one for each layer that has it, or by block."""
+
+
 class Skipping(Spec):
     """What uses a model.
 
     Attributes:
         skipping: which layers each token runs; None runs all.
+        submodel: the smaller model inside that is used: a part of every axis the model is trained to be smaller along,
+            or parts by axis; None uses the whole.
     """
 
     skipping: OneOf[SkippingSpec] | None = None
+    submodel: Real | dict[str, Parts] | None = None
 
 
 class EvaluateConfig(Skipping):

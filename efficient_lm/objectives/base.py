@@ -4,7 +4,7 @@ The one division happens in the training step, after accumulation over micro-bat
 over tokens is the same however a batch is cut.
 """
 
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import jax
 
@@ -12,6 +12,9 @@ from efficient_lm.models.context import Context
 from efficient_lm.models.language_model import LanguageModel
 from efficient_lm.models.parameters import Parameters
 from efficient_lm.spec import Choice
+
+if TYPE_CHECKING:
+    from efficient_lm.objectives.distillation import Teacher
 
 Batch = dict[str, jax.Array]
 """`tokens`, `targets`, `segment_ids`, `positions` int32 and `weights` float32, each ``[batch, time]``."""
@@ -50,10 +53,12 @@ class ObjectiveSpec(Choice, role="objective"):
         dtype: jax.typing.DTypeLike,
         packed: bool = True,
         key: jax.Array | None = None,
+        teacher: "Teacher | None" = None,
     ) -> Sums:
         """Loss and counts of one (micro-)batch, computed in `dtype`; `packed` False promises whole-row documents.
 
-        `key` is of the random numbers of training; None has none.
+        `key` is of the random numbers of training; None has none. With a `teacher` the model learns what that says of
+        the batch in place of what the batch says.
         """
         raise TypeError(f"{type(self).__name__} does not define sums")
 

@@ -3,11 +3,13 @@
 from typing import Literal
 
 import jax
+import jax.numpy as jnp
 
-from efficient_lm.models.auxiliary import counts, means
+from efficient_lm.models.auxiliary import Auxiliary, counts, means
 from efficient_lm.models.language_model import LanguageModel
 from efficient_lm.models.parameters import Parameters
 from efficient_lm.objectives.base import Batch, ObjectiveSpec, Sums, context_of
+from efficient_lm.objectives.distillation import Teacher, distillation
 from efficient_lm.objectives.exit_losses import exit_losses
 from efficient_lm.spec import Count, Real
 from kernels_pallas.linear_cross_entropy import CrossEntropySums, linear_cross_entropy
@@ -34,6 +36,7 @@ class CausalLMSpec(ObjectiveSpec):
         dtype: jax.typing.DTypeLike,
         packed: bool = True,
         key: jax.Array | None = None,
+        teacher: Teacher | None = None,
     ) -> Sums:
         context, weights = context_of(batch, packed, key), batch["weights"]
 
@@ -52,6 +55,10 @@ class CausalLMSpec(ObjectiveSpec):
             hidden, _, auxiliary = model.hidden(params, batch["tokens"], context, dtype=dtype)
         else:
             hidden, streams, auxiliary = model.hidden_with_exits(params, batch["tokens"], context, dtype)
+        if teacher is not None:
+            learned = distillation(hidden, model.head_weight(params), model.spec.logit_softcap, teacher, batch)
+            metrics = {"cross_entropy": learned.cross_entropy, "accuracy": learned.correct}
+            return _finished(learned.divergence, metrics | {"divergence": learned.divergence}, auxiliary, weights)
         sums = read(hidden, weights)
         metrics = {"cross_entropy": sums.loss_sum, "accuracy": sums.correct_sum}
         loss = self._total(sums)
@@ -60,11 +67,16 @@ class CausalLMSpec(ObjectiveSpec):
         if model.exits is not None:
             loss, more = exit_losses(model, params, hidden, streams, weights, read, self._total, sums)
             metrics |= more
-        loss = loss + sum(auxiliary.losses.values()) * sums.weight_sum
-        seen = auxiliary.losses | means(auxiliary.observed)
-        metrics |= {name: value * sums.weight_sum for name, value in seen.items()}
-        return Sums(loss, sums.weight_sum, metrics, counts(auxiliary.observed))
+        return _finished(loss, metrics, auxiliary, weights)
 
     def _total(self, sums: CrossEntropySums) -> jax.Array:
         """What is minimised at one head."""
         return sums.loss_sum + self.z_loss * sums.z_loss_sum if self.z_loss else sums.loss_sum
+
+
+def _finished(loss: jax.Array, metrics: dict[str, jax.Array], auxiliary: Auxiliary, weights: jax.Array) -> Sums:
+    """With what layers add to the loss and observed."""
+    weight = jnp.sum(weights)
+    seen = auxiliary.losses | means(auxiliary.observed)
+    metrics = metrics | {name: value * weight for name, value in seen.items()}
+    return Sums(loss + sum(auxiliary.losses.values()) * weight, weight, metrics, counts(auxiliary.observed))

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from efficient_lm.config import RunConfig
+from efficient_lm.elastic.nested import nested_models
+from efficient_lm.elastic.nesting import NoNestingSpec
 from efficient_lm.models.language_model import LanguageModel
 from efficient_lm.models.parameters import count_parameters, decay_mask, parameter_table
 from efficient_lm.training.freezing import for_trained, trainable
@@ -52,14 +54,14 @@ def plan(config: RunConfig) -> dict[str, Any]:
     batch = dict.fromkeys(("tokens", "targets", "segment_ids", "positions"), integers)
     batch["weights"] = jax.ShapeDtypeStruct(shape, jnp.float32)
     options = {"accumulate": train.accumulate, "clip_norm": train.clip_norm, "dtype": config.precision.dtype}
-    options["chosen"] = chosen
+    options |= {"chosen": chosen, "nesting": config.nesting}
     step = jax.jit(make_step(model, config.objective, optimizer, **options), donate_argnums=0)
     with layout.active():
         memory = step.lower(state, batch).compile().memory_analysis()
     parameters, gradients = _bytes(state["parameters"]), _bytes(state["parameters"])
     caches = jax.eval_shape(lambda: model.init_caches(1, train.sequence_length, config.precision.dtype))
     forward = model.flops_per_token(train.sequence_length)
-    training = model.training_flops_per_token(train.sequence_length)
+    training = step_flops_per_token(config, model)
     return {
         "parameters": parameters_by_part(model) | {"total": count_parameters(model.declarations)},
         "flops_per_token": {"forward": forward, "training": training},
@@ -74,6 +76,14 @@ def plan(config: RunConfig) -> dict[str, Any]:
             "cache_per_sequence": _bytes(caches),
         },
     }
+
+
+def step_flops_per_token(config: RunConfig, model: LanguageModel) -> float:
+    """FLOPs for one token of a step, on average where models inside another take turns."""
+    length = config.train.sequence_length
+    if isinstance(config.nesting, NoNestingSpec):
+        return model.training_flops_per_token(length)
+    return config.nesting.cost([each.model.training_flops_per_token(length) for each in nested_models(model)])
 
 
 def _bytes(tree: Any) -> int:

@@ -4,6 +4,7 @@ import logging
 import math
 import signal
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -16,7 +17,8 @@ from efficient_lm.config import RunConfig, read_config, save_config
 from efficient_lm.errors import CheckpointError, DivergedError
 from efficient_lm.evaluation.bits_per_byte import evaluate
 from efficient_lm.evaluation.diagnostics import ROWS, summary
-from efficient_lm.models.parameters import count_parameters
+from efficient_lm.models.parameters import Parameters, count_parameters
+from efficient_lm.training.accounting import step_flops_per_token
 from efficient_lm.training.checkpoints import Checkpoints
 from efficient_lm.training.initialization import read_source
 from efficient_lm.training.reporting import Console, MetricsFile, plot_loss, write_json_atomically
@@ -215,9 +217,16 @@ class _Session:
         data, wanted = self.setup.data, self.setup.config.train.stop_at_accuracy
         if not data.has_validation:
             return
-        batches = data.validation_batches(self.setup.config.train.batch_size, limit_rows=rows)
-        scores = evaluate(self.setup.scorer, state["parameters"], batches, self.setup.layout.batch)
+
+        def scored(scorer: Callable, params: Parameters) -> dict[str, Any]:
+            batches = data.validation_batches(self.setup.config.train.batch_size, limit_rows=rows)
+            return evaluate(scorer, params, batches, self.setup.layout.batch)
+
+        scores = scored(self.setup.scorer, state["parameters"])
         self.progress.last_validation = {f"val_{name}": scores[name] for name in data.figures}
+        for part, cut, scorer in self.setup.smaller:
+            inside = scored(scorer, cut(state["parameters"]))
+            self.progress.last_validation |= {f"val_{name}_{part}": inside[name] for name in data.figures}
         self.progress.solved = self.progress.solved or (wanted is not None and scores["accuracy"] >= wanted)
         row = {"step": self.progress.step, "tokens": self.progress.tokens, **self.progress.last_validation}
         self._write(row | (self._diagnose(state) if self.setup.config.train.diagnostics else {}))
@@ -245,14 +254,14 @@ class _Session:
     def finish(self, stopped_by: int) -> dict[str, Any]:
         """Write the summary and the plot of what was reached."""
         self.checkpoints.wait()
-        config, context = self.setup.config, self.setup.config.train.sequence_length
+        config = self.setup.config
         summary = {
             "run": str(self.run.path),
             "step": self.progress.step,
             "tokens": self.progress.tokens,
             "seconds": self._seconds(),
             "parameters": count_parameters(self.setup.model.declarations),
-            "training_flops": self.setup.model.training_flops_per_token(context) * self.progress.tokens,
+            "training_flops": step_flops_per_token(config, self.setup.model) * self.progress.tokens,
             **self.progress.last_validation,
         }
         if stopped_by:

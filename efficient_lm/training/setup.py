@@ -12,6 +12,8 @@ import optax
 from efficient_lm.config import RunConfig
 from efficient_lm.data.base import Data
 from efficient_lm.data.tokenizers import Tokenizer
+from efficient_lm.elastic.nested import nested_models
+from efficient_lm.elastic.nesting import NoNestingSpec
 from efficient_lm.errors import ConfigError
 from efficient_lm.evaluation.bits_per_byte import make_scorer
 from efficient_lm.evaluation.diagnostics import Diagnostics
@@ -49,6 +51,7 @@ class Setup:
             dtype=self.config.precision.dtype,
             seed=self.config.run.seed,
             chosen=self.chosen,
+            nesting=self.config.nesting,
         )
         shardings = state_shardings(self.model, self.optimizer, self.layout)
         return jax.jit(step, donate_argnums=0, out_shardings=(shardings, self.layout.replicated))
@@ -57,6 +60,15 @@ class Setup:
     def scorer(self) -> Callable:
         """The jitted evaluation of a batch."""
         return make_scorer(self.model, self.config.precision.dtype)
+
+    @cached_property
+    def smaller(self) -> list[tuple[str, Callable, Callable]]:
+        """Of each model that is trained inside this one: its name, its part of the parameters, its `scorer`; jitted."""
+        if isinstance(self.config.nesting, NoNestingSpec):
+            return []
+        *small, _ = nested_models(self.model)
+        dtype = self.config.precision.dtype
+        return [(each.name, jax.jit(each.parameters), make_scorer(each.model, dtype)) for each in small]
 
     @cached_property
     def diagnostics(self) -> Diagnostics:
@@ -107,6 +119,8 @@ def prepare(config: RunConfig) -> Setup:
     config = with_vocabulary(config, tokenizer)
     model = config.model.build()
     model.check_length(train.sequence_length, "train.sequence_length")
+    if not isinstance(config.nesting, NoNestingSpec):
+        nested_models(model)  # It says so if a part leaves nothing that works.
     if config.init_from is not None:
         check_source(Path(config.init_from), model)
     data = config.data.open(tokenizer, train.sequence_length, config.run.seed)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from efficient_lm.elastic.nesting import WHOLE, Loss, NestingSpec
 from efficient_lm.models.language_model import LanguageModel
 from efficient_lm.models.parameters import Parameters
 from efficient_lm.objectives.base import Batch, ObjectiveSpec, Sums
@@ -68,6 +69,7 @@ def make_step(
     packed: bool = True,
     seed: int = 0,
     chosen: Trainable | None = None,
+    nesting: NestingSpec = WHOLE,
 ) -> Callable[[State, Batch], tuple[State, dict[str, jax.Array]]]:
     """A function ``(state, batch) -> (state, metrics)``, to be jitted with the state donated.
 
@@ -77,17 +79,15 @@ def make_step(
         dtype: of the computation; parameters, gradients and optimizer state are float32.
         packed: False promises that every row is one whole document.
         seed: of what is random in a step; with the step's number it gives the same numbers again.
+        nesting: which models inside an elastic one it computes.
         chosen: which parameters change (see `training.freezing`); None: all. The norm is of their gradient.
 
     The metrics are float32 scalars: `loss` (cross entropy per token, nats), `weight` (tokens), `grad_norm` before
     clipping, `finite`, `nonfinite` (steps in a row), and the objective's own per token.
     """
 
-    def loss(params: Parameters, batch: Batch, key: jax.Array) -> tuple[jax.Array, Sums]:
-        sums = objective.sums(model, without_frozen(params, chosen), batch, dtype, packed, key)
-        return sums.loss, sums
-
-    gradient = jax.grad(loss, has_aux=True)
+    loss = Loss(objective, dtype, packed, lambda params: without_frozen(params, chosen))
+    gradient = nesting.gradient(model, loss)
 
     def step(state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
         params = state["parameters"]
