@@ -1,6 +1,6 @@
 """The Python interface: a model with its tokenizer, trained here or published elsewhere."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,9 @@ from efficient_lm.data.base import DataSpec
 from efficient_lm.data.sources import FilesSource
 from efficient_lm.data.store import open_store
 from efficient_lm.data.tokenizers import Tokenizer, load_tokenizer
+from efficient_lm.elastic.choices import Part, choose, parts_of
+from efficient_lm.elastic.nesting import NoNestingSpec
+from efficient_lm.elastic.submodels import submodel_parameters, submodel_spec
 from efficient_lm.errors import ConfigError
 from efficient_lm.evaluation import attention_rank, decisions
 from efficient_lm.evaluation.answers import evaluate_answers
@@ -307,11 +310,34 @@ class Model:
         opened = data.open(self.tokenizer, length, self.config.run.seed)
         return next(opened.validation_batches(rows, limit_rows=rows))
 
-    def extract(self, **choice: Any) -> "Model":
-        """A smaller model of a part of this one: some of its experts (see `efficient_lm.experts.extract`)."""
+    def submodel(self, submodel: float | Mapping[str, Part]) -> "Model":
+        """The smaller model that has a part of every axis this one is trained for, or the parts named.
+
+        Args:
+            submodel: ``0.5``, or ``{"ffn": 0.5, "layers": [0, 1, 3]}`` (see `efficient_lm.elastic.choices.choose`).
+
+        Raises:
+            ConfigError: nothing that the model has inside.
+        """
+        choice = choose(self.model, parts_of(self.model, submodel))
+        spec = submodel_spec(self.model, choice)
+        cut = jax.jit(lambda params: submodel_parameters(self.model, spec.build(), params, choice.layers))
+        config = self.config.model_copy(update={"model": spec, "init_from": None, "nesting": NoNestingSpec()})
+        return Model(config, cut(self.params), self.tokenizer, self.step, self.origin)
+
+    def extract(self, *, experts: Any = None, **choice: Any) -> "Model":
+        """A smaller model of a part of this one.
+
+        Args:
+            experts: as a part of all, like other axes; or how many or which (see `efficient_lm.experts.extract`, which
+                then takes what is left of `choice`).
+            choice: parts by axis, as of `submodel`.
+        """
+        if experts is None or isinstance(experts, float):
+            return self.submodel(choice if experts is None else {**choice, "experts": experts})
         from efficient_lm.experts import extract
 
-        return extract(self, **choice)
+        return extract(self, experts, **choice)
 
     def save(self, path: str | Path) -> Path:
         """Write a run directory: config, tokenizer, parameters. Raises `CheckpointError` if something is there."""
@@ -348,13 +374,18 @@ def _before(row: np.ndarray, end: int | None) -> np.ndarray:
     return row[: stops[0]] if len(stops) else row
 
 
-def load(path: str | Path) -> Model:
+def load(path: str | Path, submodel: float | Mapping[str, Part] | None = None) -> Model:
     """A run directory, one of its checkpoints (``runs/name/checkpoints/400``), a Hugging Face folder or a GGUF file.
+
+    Args:
+        submodel: the smaller model inside to take, see `Model.submodel`; None takes the whole.
 
     Raises:
         CheckpointError: there is no model, nothing in it can be read, or config and parameters do not fit each other.
         ConfigError: a published model of a family or with an option that is not supported.
     """
+    if submodel is not None:
+        return load(path).submodel(submodel)
     path = Path(path)
     if is_published(path):
         return _published(open_published(path), path.stem)

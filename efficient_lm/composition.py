@@ -6,7 +6,7 @@ interpolation (``model.blocks.layer.mixer.heads=8`` where the mixer is ``${mixer
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -116,6 +116,10 @@ class ConfigRoots:
                 groups |= self.defaults(entry)
         return groups
 
+    def values(self, name: str) -> set[str]:
+        """Keys that a root gives a value and chooses no config for, whatever groups there are of the name."""
+        return set(read_yaml(builtin_configs() / f"{name}.yaml")) - set(self.defaults(name)) - {"defaults"}
+
 
 @cache
 def _groups(root: Path) -> list[str]:
@@ -142,7 +146,8 @@ def compose(
         ConfigError: bad syntax, an unknown choice, a palette that nothing reads, a missing value, a bad interpolation.
     """
     roots = ConfigRoots.of(config_dirs)
-    known = roots.groups()
+    known = set(roots.groups()) - roots.values(verb)
+    palettes = set(PALETTES) - roots.values(verb)
     parsed = [parse(text) for text in overrides]
     of_groups = [override for override in parsed if override.key_or_group in known]
     of_values = [override for override in parsed if override.key_or_group not in known]
@@ -156,14 +161,14 @@ def compose(
     composed = _Composition(roots, verb, config, choices, _mentioned(config), source)
     expanded: set[str] = set()
     # Palettes first: a place that departs from its palette departs from the one the user asked for.
-    for override in sorted(of_values, key=lambda override: _top(override) not in PALETTES):
+    for override in sorted(of_values, key=lambda override: _top(override) not in palettes):
         apply(config, override, expanded)
-    for palette in set(PALETTES) - expanded - _mentioned(config):
+    for palette in palettes - expanded - _mentioned(config):
         composed.refuse_if_set(palette, parsed)
     for section in optional:
         if section in config and OmegaConf.missing_keys(config[section]):
             del config[section]
-    return Composed(verb, _resolved(config), choices)
+    return Composed(verb, _resolved(config, palettes), choices)
 
 
 def _source(config: DictConfig, overrides: list[Override]) -> str | None:
@@ -306,7 +311,7 @@ class _Composition:
         return _compose_groups(None, [f"+{group}={self.choices.get(group)}"], self.roots)[0][group]
 
 
-def _resolved(config: DictConfig) -> dict[str, Any]:
+def _resolved(config: DictConfig, palettes: Collection[str]) -> dict[str, Any]:
     try:
         values = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except MissingMandatoryValue as error:
@@ -316,7 +321,7 @@ def _resolved(config: DictConfig) -> dict[str, Any]:
         raise ConfigError(_interpolation_fault(config, error)) from error
     except OmegaConfBaseException as error:
         raise ConfigError(f"{getattr(error, 'full_key', None) or 'config'}: {first_line(error)}") from error
-    return {key: value for key, value in values.items() if key not in PALETTES}
+    return {key: value for key, value in values.items() if key not in palettes}
 
 
 def _interpolation_fault(config: DictConfig, error: InterpolationKeyError) -> str:

@@ -15,9 +15,8 @@ from efficient_lm.errors import ConfigError
 from efficient_lm.evaluation import routing as seen
 from efficient_lm.evaluation.routing_report import figures
 from efficient_lm.evaluation.rows import text_rows
-from efficient_lm.models.ffns.moe import MoESpec
 from efficient_lm.models.language_model import ModelSpec
-from efficient_lm.models.parameters import Parameters, count_parameters
+from efficient_lm.models.parameters import Parameters
 from efficient_lm.spec import OneOf, Spec
 from efficient_lm.training.checkpoints import Checkpoints, load_parameters
 from efficient_lm.training.run_directory import locate
@@ -201,27 +200,3 @@ def _with(model: Model, spec: ModelSpec, params: Parameters) -> Model:
     """A model of another architecture with the same tokenizer; its config is one of a run that has not begun."""
     config: RunConfig = model.config.model_copy(update={"model": spec, "init_from": None})
     return Model(config, params, model.tokenizer, origin=model.origin)
-
-
-def save(model: Model, output: str, source: str) -> str:
-    """Write a run directory of its own name; what was written, and what it can be used for, as text.
-
-    Raises `CheckpointError` if something is there.
-    """
-    run = model.config.run.model_copy(update={"name": Path(output).name, "dir": output})
-    model.config = model.config.model_copy(update={"run": run})
-    path = model.save(output)
-    count = count_parameters(model.model.declarations)
-    layers = model.model.layers
-    experts = [layer.ffn.experts for layer in layers if isinstance(layer.ffn, MoESpec)]
-    chosen = [number for number, layer in enumerate(layers) if layer.depth is not None and layer.depth.chooses]
-    lines, looks = [f"{source}: {count / 1e6:,.1f} M parameters → {path}"], []
-    if experts:
-        span = f"{min(experts)}" if len(set(experts)) == 1 else f"{min(experts)} to {max(experts)}"
-        lines.append(f"{len(experts)} of {len(layers)} layers have experts, {span} each")
-        looks.append("routing=true")
-    if chosen:
-        lines.append(f"{len(chosen)} of {len(layers)} layers choose their tokens: {', '.join(map(str, chosen))}")
-        looks.append("selection=both")
-    looked = " ".join(["efficient-lm evaluate", f"checkpoint={path}", *looks])
-    return "\n".join([*lines, "next:", f"  {looked}", f"  efficient-lm train init_from={path}"])

@@ -25,6 +25,8 @@ Main keys
   limit=             at most so many windows or rows, and so many examples of each task
   tasks=             of lm-eval: names, YAML files or folders; without text and data, they alone are run
   fewshot=           worked examples before each question
+  submodel=          0.5: the smaller model inside with such a part of what it is trained to be smaller along;
+                     submodel.ffn=0.5: of this
   skipping=          which layers a token runs: uniform, confidence, ...; what it computed is among the figures
   diagnostics=true   recurrent states, decay and the entropy of attention by layer, on a few rows of data
   selection=         of depth rules that choose tokens of a row: top_k, causal as when decoding, or both
@@ -60,7 +62,7 @@ def run(overrides: Sequence[str], options: Options) -> None:
     from efficient_lm.api import load
     from efficient_lm.training.reporting import write_json_atomically
 
-    model = load(config.checkpoint).skip(config.skipping)
+    model = load(config.checkpoint, config.submodel).skip(config.skipping)
     if changes:
         config = config.model_copy(update={"data": model.config.data.changed(changes)})
     results = evaluate(model, config)

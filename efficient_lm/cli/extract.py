@@ -6,12 +6,17 @@ from pathlib import Path
 from efficient_lm.cli.main import Options
 
 ROOT = "extract"
-SUMMARY = "Makes a smaller model of a part of another: some of its experts."
+SUMMARY = "Makes a smaller model of a part of another: narrower, with fewer heads, layers or experts."
 HELP = """
 Main keys
   checkpoint=        a run directory, runs/NAME/checkpoints/STEP, a Hugging Face folder, a GGUF file
   output=            the run directory to make; it must not hold anything yet
-  experts=           4: so many of each layer; [0,2]: these; [[0,2],[1,3]]: these of each layer with experts
+  ffn= heads= state= rank=   0.5: such a part of hidden units, heads, recurrent state, bottlenecks;
+                     [1,0.5,...]: one for each layer; ffn.BLOCK=0.5: in the layers of a block
+  width=             such a part of the residual stream
+  layers=            0.5: the first such part of the layers; [0,1,3]: these
+  experts=           0.5: such a part of each layer's; 4: so many of the most important; [0,2]: these;
+                     [[0,2],[1,3]]: these of each layer with experts
   by=                what a number keeps: reconstruction (the layer's error without an expert), weight, load
   uneven=true        layers may keep different numbers, so many on average
   drop_super_experts=true   Super Experts may go too
@@ -19,6 +24,8 @@ Main keys
   text=              files that importance is measured on; by default the run's validation data
 
 Examples
+  efficient-lm extract checkpoint=runs/nested output=runs/half ffn=0.5
+  efficient-lm extract checkpoint=runs/nested output=runs/uneven ffn=[0.25,0.5,0.5,1] layers=[0,1,2,4]
   efficient-lm extract checkpoint=runs/both output=runs/without_code experts=[0,1]
   efficient-lm extract checkpoint=runs/moe_tiny output=runs/half experts=4 by=weight
 """
@@ -33,13 +40,17 @@ def run(overrides: Sequence[str], options: Options) -> None:
     config = validate(ExtractConfig, compose(ROOT, overrides, options.config_dirs).values)
 
     from efficient_lm.api import load
-    from efficient_lm.experts import extract, save
+    from efficient_lm.experts import extract
     from efficient_lm.interop.hugging_face import check_free
+    from efficient_lm.made import save
 
     check_free(Path(config.output))
-    model = load(config.checkpoint)
-    made = extract(
-        model, config.experts, config.by, config.uneven, not config.drop_super_experts, config.top_k,
-        config.text, config.sequence_length, config.limit,
-    )  # fmt: skip
-    print(save(made, config.output, config.checkpoint))
+    model = made = load(config.checkpoint)
+    if config.chooses_experts:
+        made = extract(
+            made, config.experts, config.by, config.uneven, not config.drop_super_experts, config.top_k,
+            config.text, config.sequence_length, config.limit,
+        )  # fmt: skip
+    if config.parts:
+        made = made.submodel(config.parts)
+    print(save(made, config.output, config.checkpoint, model))

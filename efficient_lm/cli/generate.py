@@ -25,6 +25,8 @@ Main keys
   top_k= top_p= min_p=   restrict what is sampled
   seed=              of the sampling
   stop_at_end=       whether the end-of-text token ends a text
+  submodel=          0.5: the smaller model inside with such a part of what it is trained to be smaller along;
+                     submodel.ffn=0.5: of this
   skipping=          which layers a token runs: uniform, confidence, ...; what that saved is said at the end
   special_tokens=    whether <|im_start|> and the like in the prompt stand for those tokens
 
@@ -47,7 +49,7 @@ def run(overrides: Sequence[str], flags: Options) -> None:
     from efficient_lm.api import load
     from efficient_lm.inference.sampling import SamplingSpec
 
-    model = load(config.checkpoint).skip(config.skipping)
+    model = load(config.checkpoint, config.submodel).skip(config.skipping)
     sampling = SamplingSpec(**{name: getattr(config, name) for name in SamplingSpec.model_fields})
     options = (config.max_new_tokens, sampling, config.seed, config.stop_at_end, config.special_tokens)
     if len(prompts) > 1:

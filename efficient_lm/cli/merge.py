@@ -30,8 +30,9 @@ def run(overrides: Sequence[str], options: Options) -> None:
     config = validate(MergeConfig, compose(ROOT, overrides, options.config_dirs).values)
 
     from efficient_lm.api import load
-    from efficient_lm.experts import merge, save
+    from efficient_lm.experts import merge
     from efficient_lm.interop.hugging_face import check_free
+    from efficient_lm.made import save
 
     check_free(Path(config.output))
     models = {name: load(name) for name in config.checkpoints}

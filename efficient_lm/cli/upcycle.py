@@ -36,8 +36,9 @@ def run(overrides: Sequence[str], options: Options) -> None:
     config = validate(UpcycleConfig, compose(ROOT, overrides, options.config_dirs).values)
 
     from efficient_lm.api import load
-    from efficient_lm.experts import save, upcycle
+    from efficient_lm.experts import upcycle
     from efficient_lm.interop.hugging_face import check_free
+    from efficient_lm.made import save
 
     check_free(Path(config.output))
     model = load(config.checkpoint)

@@ -1,10 +1,10 @@
 """The configs of the verbs `upcycle`, `merge` and `extract`."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
-from efficient_lm.config import Name
+from efficient_lm.config import Name, Parts
 from efficient_lm.errors import ConfigError
 from efficient_lm.spec import Count, Listing, Natural, OneOf, Real, Spec
 from efficient_lm.upcycling.base import UpcyclingSpec
@@ -75,7 +75,10 @@ class ExtractConfig(Looking):
 
     Attributes:
         checkpoint: a run directory, one of its checkpoints, or a published model.
-        experts: how many stay in each layer; or which, a list, or a list for each layer with experts.
+        ffn, heads, state, rank, width: parts of these axes that stay (see `models.elastic.Axis`); None: all.
+        layers: a part of them, the first ones; or the numbers of those that stay.
+        experts: a part of them, 0.5, the first ones; how many of the most important stay in each layer; or which, a
+            list, or a list for each layer with experts.
         by: what makes an expert important, where it is said how many.
         uneven: whether layers may keep different numbers, as many on average.
         drop_super_experts: whether Super Experts may be dropped like any other.
@@ -83,14 +86,34 @@ class ExtractConfig(Looking):
     """
 
     checkpoint: Name
-    experts: Count | Listing[Natural] | Listing[Listing[Natural]]
+    ffn: Parts | None = None
+    heads: Parts | None = None
+    state: Parts | None = None
+    rank: Parts | None = None
+    width: Real | None = None
+    layers: Annotated[Listing[Natural], Field(min_length=1)] | Real | None = None
+    experts: Count | Real | Listing[Natural] | Listing[Listing[Natural]] | None = None
     by: Importance = "reconstruction"
     uneven: bool = False
     drop_super_experts: bool = False
     top_k: Count | None = None
 
+    @property
+    def parts(self) -> dict[str, Any]:
+        """By axis, what is said of it."""
+        experts = self.experts if isinstance(self.experts, float) else None
+        given = {axis: getattr(self, axis) for axis in ("ffn", "heads", "state", "rank", "width", "layers")}
+        return {axis: part for axis, part in (given | {"experts": experts}).items() if part is not None}
+
+    @property
+    def chooses_experts(self) -> bool:
+        """Whether experts stay by what they are worth, or by number."""
+        return self.experts is not None and not isinstance(self.experts, float)
+
     @model_validator(mode="after")
     def _measures(self) -> "ExtractConfig":
+        if not self.parts and not self.chooses_experts:
+            raise ConfigError("extract: say what stays: ffn=0.5, heads=0.5, layers=[0,1,3], experts=4, ...")
         if not isinstance(self.experts, int):
             for name in ("text", "uneven", "drop_super_experts"):
                 if getattr(self, name):

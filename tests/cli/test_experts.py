@@ -139,7 +139,7 @@ FAULTS = [
         2,
         "uneven: experts are named",
     ),
-    (["extract", "checkpoint={root}/law", "output={root}/new"], 2, "experts: a value is needed"),
+    (["extract", "checkpoint={root}/law", "output={root}/new"], 2, "extract: say what stays"),
 ]
 
 
