@@ -37,6 +37,8 @@ def run(overrides: Sequence[str], options: Options) -> int:
     print(_outcome(summary))
     stopped_by = summary.get("stopped_by")
     if stopped_by is None:
+        if "sizes" in summary:
+            print(_sizes(summary))
         if config.data.reads_text:
             print(_sample(summary["run"]))
         print(_next_commands(summary["run"], config.data.reads_text))
@@ -54,6 +56,17 @@ def _outcome(summary: dict[str, Any]) -> str:
         f"\n{summary['step']:,} steps, {summary['tokens']:,} tokens, {summary['parameters'] / 1e6:.2f} M parameters, "
         f"{minutes} min {seconds} s{held_out}\nrun: {summary['run']} (plots/loss.png, metrics.jsonl, summary.json)"
     )
+
+
+def _sizes(summary: dict[str, Any]) -> str:
+    """The models inside, and how to take one out."""
+    from efficient_lm.elastic.sizes import table
+
+    smallest, run = summary["sizes"][0], summary["run"]
+    cut = " ".join(f"{axis}={part:g}" for axis, part in smallest["parts"].items())
+    extract = f"efficient-lm extract checkpoint={run} output={run}-small {cut}"
+    lines = ["", table(summary["sizes"]), f"plots/sizes.png; {extract}"]
+    return "\n".join(lines)
 
 
 def _sample(run: str) -> str:

@@ -14,6 +14,8 @@ import jax
 import numpy as np
 
 from efficient_lm.config import RunConfig, read_config, save_config
+from efficient_lm.elastic.nesting import NoNestingSpec
+from efficient_lm.elastic.sizes import plot_sizes, sizes
 from efficient_lm.errors import CheckpointError, DivergedError
 from efficient_lm.evaluation.bits_per_byte import evaluate
 from efficient_lm.evaluation.diagnostics import ROWS, summary
@@ -270,6 +272,11 @@ class _Session:
             summary["solved_at"] = self.progress.step
         elif self.progress.step < config.train.steps:
             summary["stopped_by"] = "train.minutes"
+        if not isinstance(config.nesting, NoNestingSpec):
+            found = sizes(self.setup.model, self.progress.last_validation, config.train.sequence_length)
+            summary["sizes"] = found
+            if all(row["bits_per_byte"] is not None for row in found):
+                plot_sizes(found, self.run.path / "plots" / "sizes.png", self.run.path.absolute().name)
         write_json_atomically(self.run.summary, summary)
         if self.metrics.path.exists():
             plot_loss(self.run.path)

@@ -46,6 +46,10 @@ def test_every_size_is_validated(nested):
     summary = json.loads((nested / "summary.json").read_text())
     sizes = {name for name in summary if name.startswith("val_bits_per_byte")}
     assert sizes == {"val_bits_per_byte", *(f"val_bits_per_byte_{part}" for part in ("0.125", "0.25", "0.5"))}
+    smallest, *_, whole = summary["sizes"]
+    assert smallest["bits_per_byte"] == summary["val_bits_per_byte_0.125"] and smallest["parts"] == {"ffn": 0.125}
+    assert whole["parameters"] == summary["parameters"] > smallest["parameters"]
+    assert (nested / "plots" / "sizes.png").stat().st_size > 10_000
     whole, half = (elm.load(nested, submodel=part).evaluate(limit=2)["tokens"] for part in (1.0, 0.5))
     assert whole == half
 
