@@ -32,6 +32,8 @@ from efficient_lm.models.parameters import Parameters
 log = logging.getLogger(__name__)
 
 CONFIG, GENERATION, ELEMENTS, ROWS = "config.json", "generation_config.json", "dtypes.json", "rows.json"
+SEARCH = "search"
+"""Where in a run's folder a search for a submodel leaves what it found."""
 HEADROOM = 1.05
 """Free disk space asked for before a folder is written, as a multiple of the bytes of its tensors."""
 
@@ -289,8 +291,8 @@ def write_folder(
 
 
 def check_free(folder: Path) -> None:
-    """Raises `CheckpointError` if a folder that is to be made holds something already."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    """Raises `CheckpointError` if a folder that is to be made holds something already, but for a search's results."""
+    if folder.exists() and (not folder.is_dir() or any(entry.name != SEARCH for entry in folder.iterdir())):
         raise CheckpointError(f"{folder}: already holds something; choose another folder")
 
 

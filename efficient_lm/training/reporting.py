@@ -52,16 +52,16 @@ def _finite(value: Any) -> Any:
 
 
 class MetricsFile:
-    """`metrics.jsonl`: one JSON object per row, on disk as soon as it is appended."""
+    """`metrics.jsonl`, or another: one JSON object per row, on disk as soon as it is appended."""
 
-    def __init__(self, run_dir: str | Path):
-        self.path = Path(run_dir) / METRICS_FILE
+    def __init__(self, run_dir: str | Path, name: str = METRICS_FILE):
+        self.path = Path(run_dir) / name
         self._file: Any = None
 
     def resume(self, step: int) -> None:
         """Drop rows beyond `step`, which will come again, and a last line that was torn."""
         if self.path.exists():
-            rows = [row for row in read_metrics(self.path.parent) if row.get("step", 0) <= step]
+            rows = [row for row in read_metrics(self.path.parent, self.path.name) if row.get("step", 0) <= step]
             write_atomically(self.path, "".join(map(_line, rows)))
 
     def append(self, row: dict[str, Any]) -> None:
@@ -82,9 +82,9 @@ def _line(row: dict[str, Any]) -> str:
     return json.dumps(_finite(row), allow_nan=False) + "\n"
 
 
-def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
+def read_metrics(run_dir: str | Path, name: str = METRICS_FILE) -> list[dict[str, Any]]:
     """The rows of `metrics.jsonl`, without a torn last line. Raises `CheckpointError` for any other bad line."""
-    path = Path(run_dir) / METRICS_FILE
+    path = Path(run_dir) / name
     try:
         lines = path.read_bytes().split(b"\n")
     except OSError as error:

@@ -1,0 +1,122 @@
+"""Searches for submodels: what they score, that scores are those of the models, and what they find."""
+
+import jax
+import numpy as np
+import pytest
+
+from efficient_lm.elastic.budget import Meter
+from efficient_lm.elastic.choices import choose
+from efficient_lm.elastic.search.base import Space
+from efficient_lm.elastic.search.mix_n_match import mixes
+from efficient_lm.elastic.search.scoring import SCORED, Scorer
+from efficient_lm.elastic.submodels import submodel_parameters, submodel_spec
+from efficient_lm.errors import CheckpointError, ConfigError
+from efficient_lm.models.language_model import ModelSpec
+from efficient_lm.validation import validate
+
+ELASTIC = {"ffn": [0.25, 0.5, 1], "heads": [0.5, 1]}
+LENGTH = 12
+
+
+def model_of(elastic=ELASTIC, repeats=3, **changes):
+    block = {"mixer": {"kind": "attention", "heads": 2}, "ffn": {"kind": "swiglu", "hidden": 16}}
+    values = {"width": 16, "vocab_size": 24, "blocks": {"layer": block}, "layout": ["layer"], "repeats": repeats}
+    return validate(ModelSpec, values | {"elastic": elastic, "init_std": 0.3} | changes).build()
+
+
+def rows(count=3, seed=0):
+    drawn = np.random.default_rng(seed).integers(0, 24, (count, LENGTH + 1)).astype(np.int32)
+    ones = np.ones((count, LENGTH), np.int32)
+    batch = {"tokens": drawn[:, :-1], "targets": drawn[:, 1:], "segment_ids": ones, "weights": ones.astype(np.float32)}
+    batch["weights"] = batch["weights"] * (np.arange(LENGTH) > 2)
+    return batch | {"positions": np.broadcast_to(np.arange(LENGTH, dtype=np.int32), (count, LENGTH))}
+
+
+def space_of(model):
+    return Space.of(model, Meter(LENGTH))
+
+
+class Given:
+    """Scores by a function, which a search cannot tell from those of a model."""
+
+    def __init__(self, function, pieces=4):
+        self.function, self.pieces, self.seen = function, pieces, {}
+
+    def __call__(self, levels, pieces=None):
+        value = self.function(levels)
+        if pieces is None or pieces >= self.pieces:
+            self.seen[tuple(levels)] = value
+        return value
+
+
+def expected_scores(model, params, space, levels, batch, fitness):
+    choice = choose(model, space.parts(levels))
+    small = submodel_spec(model, choice).build()
+    mine = submodel_parameters(model, small, params, choice.layers)
+    part, whole = (jax.nn.log_softmax(m.logits(p, batch["tokens"])) for m, p in ((small, mine), (model, params)))
+    if fitness == "kl":
+        found = (np.exp(whole) * (whole - part)).sum(-1)
+    else:
+        found = -np.take_along_axis(np.asarray(part), batch["targets"][..., None], -1)[..., 0]
+    return float((found * batch["weights"]).sum() / batch["weights"].sum())
+
+
+@pytest.mark.parametrize("fitness", ["loss", "kl"])
+def test_scores_are_those_of_the_models_that_are_made_in_one_program(tmp_path, fitness):
+    model, batch = model_of(), rows()
+    params, space = jax.jit(model.init)(jax.random.key(0)), space_of(model)
+    score = Scorer(space, params, batch, fitness, tmp_path)
+    for levels in ((0, 1, 2), (2, 0, 1), (2, 2, 2)):
+        expected = expected_scores(model, params, space, levels, batch, fitness)
+        assert score(levels) == pytest.approx(expected, rel=1e-5, abs=1e-6)
+    assert score._program._cache_size() == 1
+
+
+def test_layers_that_kept_their_numbers_have_their_own_levels(tmp_path):
+    model, batch = model_of(numbering={"layers": [1, 3, 4], "of": 6}), rows()
+    params, space = jax.jit(model.init)(jax.random.key(0)), space_of(model)
+    score = Scorer(space, params, batch, "loss", tmp_path)
+    expected = expected_scores(model, params, space, (0, 2, 1), batch, "loss")
+    assert score((0, 2, 1)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_search_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    monkeypatch.setattr("efficient_lm.evaluation.rows.TOKENS", LENGTH)
+    model, batch = model_of(repeats=2), rows()
+    params, space = jax.jit(model.init)(jax.random.key(0)), space_of(model)
+    first = Scorer(space, params, batch, "loss", tmp_path)
+    assert first.pieces == 3
+    found = {levels: first(levels) for levels in ((0, 0), (1, 2))}
+    part = first((2, 1), 1)
+    first.close()
+    path = tmp_path / SCORED
+    path.write_text(path.read_text() + '{"levels": [2,')
+    again = Scorer(space, params, batch, "loss", tmp_path)
+    assert again.results == found and again((2, 1), 1) == part and again((1, 2)) == found[1, 2]
+    assert again.computed == 0
+    assert again((2, 1)) != part and again.computed == 1
+    again.close()
+    with pytest.raises(CheckpointError, match="scores of another model, other rows or another fitness"):
+        Scorer(space, params, rows(seed=1), "loss", tmp_path)
+
+
+def test_mixes_lie_between_neighbours_and_grow_with_depth():
+    space = space_of(model_of({"ffn": [0.25, 0.5, 1]}))
+    found = list(mixes(space))
+    assert found == [(0, 0, 0), (0, 0, 1), (0, 1, 1), (1, 1, 1), (1, 1, 2), (1, 2, 2), (2, 2, 2)]
+    sizes = [space.costs.of(levels)["params"] for levels in found]
+    assert sizes == sorted(sizes)
+    assert space.parts((0, 1, 2)) == {"ffn": [0.25, 0.5, 1]}
+
+
+def test_where_each_goes_with_each_only_growing_parts_are_mixed():
+    space = space_of(model_of({"ffn": [0.5, 1], "heads": [0.5, 1], "combine": "apart"}))
+    assert len(space.nested) == 4 and len(space.chain) == 3
+    assert space.chain[0] == 0 and space.chain[-1] == 3
+
+
+def test_models_without_parts_are_refused():
+    with pytest.raises(ConfigError, match="the model was not trained to have smaller ones inside"):
+        space_of(model_of(None))
+    with pytest.raises(ConfigError, match="the model is elastic along layers"):
+        space_of(model_of({"layers": [1 / 3, 1]}))
