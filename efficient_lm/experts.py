@@ -66,7 +66,7 @@ def upcycle(
         method = validate(_Method, {"method": {"kind": method, **options}}).method
     if isinstance(method, DepthsSpec):
         method.check(model.model)  # Before any text is read.
-        batch, dense = _rows(model, text, sequence_length, rows), (model.model, model.params)
+        batch, dense = rows_of(model, text, sequence_length, rows), (model.model, model.params)
         layers, key = method.chosen(*dense, batch, model.dtype), jax.random.key(seed)
         return _with(model, *with_mixture_of_depths(*dense, layers, key, method.rule, batch, model.dtype))
     upcycled_spec(model.model, method)  # Before any text is read.
@@ -94,7 +94,7 @@ def merge(
             raise ConfigError(f"checkpoints: {name} has another tokenizer than {next(iter(models))}")
     reads = rows_of_routers != "trained"
     sources = [
-        Source(name, model.model, model.params, _rows(model, None, sequence_length, rows) if reads else None)
+        Source(name, model.model, model.params, rows_of(model, None, sequence_length, rows) if reads else None)
         for name, model in models.items()
     ]
     return _with(first, *merged(sources, rows_of_routers, top_k, bias))
@@ -124,7 +124,7 @@ def extract(
     """
     if isinstance(experts, int):
         check_count(model.model, experts, top_k)  # Before any text is read.
-        batch = _rows(model, text, sequence_length, rows)
+        batch = rows_of(model, text, sequence_length, rows)
         found = seen.routing(model.model, model.params, batch, model.dtype)
         kept = important_experts(model.model, found, experts, by, uneven, spare_super_experts)
     else:
@@ -152,7 +152,7 @@ def routing(
     if paths is None:
         batch, domains = model.validation_rows(data, sequence_length, rows), None
     else:
-        found = labelled([_rows(model, path, sequence_length, rows) for path in paths])
+        found = labelled([rows_of(model, path, sequence_length, rows) for path in paths])
         batch = found.batch
         domains = {path: np.flatnonzero(found.labels == number) for number, path in enumerate(paths)}
     layers = seen.routing(model.model, model.params, batch, model.dtype)
@@ -179,16 +179,19 @@ def _domains(
     if not isinstance(method.experts, int):
         raise ConfigError("method.experts: where domains decide, all layers have as many: give one number")
     if method.clusters:
-        return clustered(model.params, _rows(model, text, length, rows), method.experts, seed)
+        return clustered(model.params, rows_of(model, text, length, rows), method.experts, seed)
     paths = [text] if isinstance(text, str) else list(text or ())
     if len(paths) != method.experts:
         raise ConfigError(
             f"text: {len(paths)} files are as many domains, and method.experts is {method.experts}: give one for each"
         )
-    return labelled([_rows(model, path, length, rows) for path in paths])
+    return labelled([rows_of(model, path, length, rows) for path in paths])
 
 
-def _rows(model: Model, text: Texts | None, sequence_length: int | None, rows: int) -> Batch:
+def rows_of(
+    model: Model, text: Texts | None = None, sequence_length: int | None = None, rows: int = ROWS
+) -> Batch:  # fmt: skip
+    """What is looked at; arguments as of `upcycle`, with all files one text."""
     if text is None:
         return model.validation_rows(None, sequence_length, rows)
     length = sequence_length or model.config.train.sequence_length

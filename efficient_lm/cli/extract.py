@@ -21,13 +21,18 @@ Main keys
   uneven=true        layers may keep different numbers, so many on average
   drop_super_experts=true   Super Experts may go too
   top_k=             experts that a token takes from then on
-  text=              files that importance is measured on; by default the run's validation data
+  budget.params= budget.flops_per_token= budget.cache_bytes= budget.latency_ms=   in place of parts: the best
+                     submodel that has no more of it
+  search=            how it is looked for: mix_n_match, dynamic_programming, evolution; by default the largest is taken.
+                     Without a budget a table of the best of each size is all that is made
+  text= limit=       files, and rows of these, on which is measured; by default the run's validation data
 
 Examples
   efficient-lm extract checkpoint=runs/nested output=runs/half ffn=0.5
   efficient-lm extract checkpoint=runs/nested output=runs/uneven ffn=[0.25,0.5,0.5,1] layers=[0,1,2,4]
   efficient-lm extract checkpoint=runs/both output=runs/without_code experts=[0,1]
   efficient-lm extract checkpoint=runs/moe_tiny output=runs/half experts=4 by=weight
+  efficient-lm extract checkpoint=runs/nested output=runs/small budget.params=12e6 search=evolution
 """
 
 
@@ -43,9 +48,19 @@ def run(overrides: Sequence[str], options: Options) -> None:
     from efficient_lm.experts import extract
     from efficient_lm.interop.hugging_face import check_free
     from efficient_lm.made import save
+    from efficient_lm.search import search, within
 
     check_free(Path(config.output))
     model = made = load(config.checkpoint)
+    if config.search is not None:
+        looked = (config.text, config.sequence_length, config.limit)
+        found = search(model, config.search, config.output, config.budget, *looked)
+        print(found)
+        if found.chosen is None:
+            return
+        made = model.submodel(found.chosen.parts)
+    elif config.budget is not None:
+        made = within(model, config.budget)
     if config.chooses_experts:
         made = extract(
             made, config.experts, config.by, config.uneven, not config.drop_super_experts, config.top_k,

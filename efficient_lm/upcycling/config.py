@@ -5,6 +5,8 @@ from typing import Annotated, Any
 from pydantic import Field, model_validator
 
 from efficient_lm.config import Name, Parts
+from efficient_lm.elastic.budget import BudgetSpec
+from efficient_lm.elastic.search.base import SearchSpec
 from efficient_lm.errors import ConfigError
 from efficient_lm.spec import Count, Listing, Natural, OneOf, Real, Spec
 from efficient_lm.upcycling.base import UpcyclingSpec
@@ -83,6 +85,8 @@ class ExtractConfig(Looking):
         uneven: whether layers may keep different numbers, as many on average.
         drop_super_experts: whether Super Experts may be dropped like any other.
         top_k: experts that a token takes from then on; None as before.
+        budget: in place of parts, what the submodel may cost at most.
+        search: how the best is looked for; None takes the largest. Without a budget its results are all there is.
     """
 
     checkpoint: Name
@@ -97,6 +101,8 @@ class ExtractConfig(Looking):
     uneven: bool = False
     drop_super_experts: bool = False
     top_k: Count | None = None
+    budget: BudgetSpec | None = None
+    search: OneOf[SearchSpec] | None = None
 
     @property
     def parts(self) -> dict[str, Any]:
@@ -106,16 +112,26 @@ class ExtractConfig(Looking):
         return {axis: part for axis, part in (given | {"experts": experts}).items() if part is not None}
 
     @property
+    def chooses_parts(self) -> bool:
+        """Whether parts are chosen by what they cost and what they are worth."""
+        return self.budget is not None or self.search is not None
+
+    @property
     def chooses_experts(self) -> bool:
         """Whether experts stay by what they are worth, or by number."""
         return self.experts is not None and not isinstance(self.experts, float)
 
     @model_validator(mode="after")
     def _measures(self) -> "ExtractConfig":
-        if not self.parts and not self.chooses_experts:
-            raise ConfigError("extract: say what stays: ffn=0.5, heads=0.5, layers=[0,1,3], experts=4, ...")
+        named = [*self.parts, *(["experts"] if self.chooses_experts else [])]
+        if self.chooses_parts and named:
+            raise ConfigError(f"{named[0]}: a budget or a search says what stays; leave one of them out")
+        if not named and not self.chooses_parts:
+            raise ConfigError(
+                "extract: say what stays: ffn=0.5, heads=0.5, layers=[0,1,3], experts=4, ...; or budget.params=12e6"
+            )
         if not isinstance(self.experts, int):
             for name in ("text", "uneven", "drop_super_experts"):
-                if getattr(self, name):
+                if getattr(self, name) and not (name == "text" and self.search is not None):
                     raise ConfigError(f"{name}: experts are named; it is for a number of them")
         return self

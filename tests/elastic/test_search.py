@@ -1,17 +1,26 @@
 """Searches for submodels: what they score, that scores are those of the models, and what they find."""
 
+import csv
+import itertools
+import json
+import re
+
 import jax
 import numpy as np
 import pytest
 
-from efficient_lm.elastic.budget import Meter
+from efficient_lm.elastic.budget import Meter, fits
 from efficient_lm.elastic.choices import choose
 from efficient_lm.elastic.search.base import Space
+from efficient_lm.elastic.search.dynamic_programming import DynamicProgrammingSpec, knapsack
+from efficient_lm.elastic.search.evolution import EvolutionSpec, mutated, start
 from efficient_lm.elastic.search.mix_n_match import mixes
+from efficient_lm.elastic.search.report import frontier, write_report
 from efficient_lm.elastic.search.scoring import SCORED, Scorer
 from efficient_lm.elastic.submodels import submodel_parameters, submodel_spec
 from efficient_lm.errors import CheckpointError, ConfigError
 from efficient_lm.models.language_model import ModelSpec
+from efficient_lm.search import _Search
 from efficient_lm.validation import validate
 
 ELASTIC = {"ffn": [0.25, 0.5, 1], "heads": [0.5, 1]}
@@ -120,3 +129,85 @@ def test_models_without_parts_are_refused():
         space_of(model_of(None))
     with pytest.raises(ConfigError, match="the model is elastic along layers"):
         space_of(model_of({"layers": [1 / 3, 1]}))
+
+
+def beaten(point, points):
+    return any(all(np.array(other) <= point) and other != point for other in points)
+
+
+def test_the_knapsack_finds_what_trying_all_finds():
+    rng = np.random.default_rng(3)
+    harm, costs = rng.normal(size=(3, 5)), rng.integers(1, 9, (3, 5, 2)).astype(float)
+    every = list(itertools.product(range(3), repeat=5))
+    place = np.arange(5)
+    total = {levels: (harm[levels, place].sum(), *costs[levels, place].sum(0)) for levels in every}
+    for room in ([20.0, 24.0], [24.0, np.inf]):
+        best = min((levels for levels in every if (np.array(total[levels][1:]) <= room).all()), key=total.get)
+        found = knapsack(costs, harm, np.array(room))
+        assert found[-1] == best
+        assert all(np.all(np.array(total[levels][1:]) <= room) for levels in found)
+    alone = knapsack(costs[..., :1], harm, np.array([np.inf]))
+    front = [total[levels][:2] for levels in alone]
+    assert front == sorted(front, key=lambda point: (-point[0], point[1]))
+    points = [found[:2] for found in total.values()]
+    assert {point for point in points if not beaten(point, points)} == set(front)
+
+
+WORTH = np.array([1.0, 5.0, 0.1, 3.0])
+
+
+def missed(levels):
+    """What layers are missed adds up: the second most, the third hardly."""
+    return float(sum(worth * (2 - level) for worth, level in zip(WORTH, levels, strict=True)))
+
+
+@pytest.mark.parametrize("search", [DynamicProgrammingSpec(), EvolutionSpec(generations=12, survivors=(8, 1))])
+def test_they_find_the_best_within_a_budget(search):
+    space = space_of(model_of({"ffn": [0.25, 0.5, 1]}, repeats=4))
+    flops = space.costs.of((0, 2, 1, 0))["flops_per_token"]
+    for limits in ({"params": space.costs.of((1, 1, 1, 1))["params"]}, {"flops_per_token": flops, "params": 9e9}):
+        every = itertools.product(range(3), repeat=4)
+        best = min(missed(levels) for levels in every if fits(space.costs.of(levels), limits))
+        score = Given(missed)
+        search.run(space, score, limits, "params")
+        assert min(value for levels, value in score.seen.items() if fits(space.costs.of(levels), limits)) == best
+
+
+def test_evolution_keeps_to_its_budget_and_repeats_itself():
+    space = space_of(model_of({"ffn": [0.25, 0.5, 1]}, repeats=4))
+    limits = {"params": space.costs.of((1, 1, 1, 1))["params"]}
+    rng = np.random.default_rng(0)
+    children = {mutated(space, (1, 1, 1, 1), limits, rng) for _ in range(40)}
+    assert len(children) > 4 and all(fits(space.costs.of(levels), limits) for levels in children)
+    assert start(space, limits) == (1, 1, 1, 1)
+    found = []
+    for _ in range(2):
+        score = Given(missed)
+        EvolutionSpec(generations=2, points=2).run(space, score, {}, "params")
+        found.append(list(score.seen))
+    assert found[0] == found[1]
+    sizes = [space.costs.of(levels)["params"] for levels in found[0]]
+    assert max(sizes) > 1.1 * min(sizes)
+
+
+def test_selections_that_do_not_narrow_are_refused():
+    with pytest.raises(ConfigError, match="survivors descend from offspring=16 or less to 1"):
+        validate(_Search, {"search": {"kind": "evolution", "survivors": [4, 2]}})
+
+
+def test_reports(tmp_path):
+    space = space_of(model_of({"ffn": [0.25, 0.5, 1]}))
+    scores = {(0, 0, 0): 3.0, (0, 0, 1): 2.5, (0, 1, 1): 2.6, (1, 1, 1): float("nan"), (2, 2, 2): 2.0}
+    rows = frontier(space, scores, "params")
+    assert [row.best for row in rows] == [True, True, False, False, True]
+    assert [row.uniform for row in rows] == [True, False, False, True, True]
+    write_report(tmp_path, rows, "loss", "params", rows[1], {"params": 5000.0})
+    kept = json.loads((tmp_path / "pareto.json").read_text())
+    assert [row["loss"] for row in kept["submodels"]] == [3.0, 2.5, 2.6, None, 2.0]
+    assert kept["submodels"][1]["chosen"] and kept["submodels"][1]["parts"] == {"ffn": [0.25, 0.25, 0.5]}
+    table = list(csv.DictReader((tmp_path / "pareto.csv").open()))
+    assert table[1]["submodel"] == "ffn=[0.25,0.25,0.5]" and float(table[0]["params"]) == rows[0].costs["params"]
+    page = (tmp_path / "pareto.html").read_text()
+    assert "ffn=[0.25,0.25,0.5]" in page and "%DATA%" not in page and "NaN" not in page
+    assert not re.findall(r"(?:src|href)\s*=|https?://(?!www\.w3\.org/2000/svg)", page)
+    assert (tmp_path / "pareto.png").read_bytes()[:4] == b"\x89PNG"
