@@ -16,6 +16,7 @@ from efficient_lm.data.sources import FilesSource
 from efficient_lm.data.store import open_store
 from efficient_lm.data.tokenizers import Tokenizer, load_tokenizer
 from efficient_lm.elastic.choices import Part, choose, parts_of
+from efficient_lm.elastic.importance import Order, most_important
 from efficient_lm.elastic.nesting import NoNestingSpec
 from efficient_lm.elastic.submodels import submodel_parameters, submodel_spec
 from efficient_lm.errors import ConfigError
@@ -27,6 +28,7 @@ from efficient_lm.evaluation.text import evaluate_documents
 from efficient_lm.evaluation.windows import WindowSpec
 from efficient_lm.inference.decoding import Decoder
 from efficient_lm.inference.sampling import SamplingSpec
+from efficient_lm.inference.speculative import Draft, SpeculativeDecoder
 from efficient_lm.interop.hugging_face import Origin, check_free, write_folder
 from efficient_lm.interop.sources import Published, is_published, open_published
 from efficient_lm.models.computed import computed
@@ -71,6 +73,7 @@ class Model:
         self.model: LanguageModel = config.model.build()
         self.skipping = skipping
         self.dtype = config.precision.dtype
+        self._drafted: dict[str, Model] = {}
 
     @property
     def begins(self) -> bool:
@@ -92,6 +95,53 @@ class Model:
         if kind is not None:
             kind.check(self.model)
         return Model(self.config, self.params, self.tokenizer, self.step, self.origin, kind)
+
+    def speculate(
+        self,
+        draft: float | Mapping[str, Part] | Sequence[float | Mapping[str, Part]],
+        draft_tokens: int = 4,
+        draft_confidence: float = 0.5,
+    ) -> "Model":
+        """The same model, whose tokens a smaller one inside drafts: it generates the same, in fewer passes.
+
+        Args:
+            draft: what `submodel` takes, or several of them, smallest first.
+            draft_tokens: drafted at a time.
+            draft_confidence: probability of the likeliest token below which a token is left to the next larger draft.
+
+        Returns:
+            A model whose `decoder` is a `SpeculativeDecoder`; the same one for the same arguments.
+
+        Raises:
+            ConfigError: nothing that the model has inside, or the whole; or the model skips layers.
+        """
+        if self.skipping is not None:
+            raise ConfigError(
+                f"draft: with skipping={self.skipping.kind} there is no whole model to verify with; leave one out"
+            )
+        if draft_tokens < 1:
+            raise ConfigError(f"draft_tokens: at least 1; got {draft_tokens}")
+        key = repr((draft, draft_tokens, draft_confidence))
+        if key not in self._drafted:
+            sizes = [draft] if isinstance(draft, Mapping | float | int) else list(draft)
+            plain = [size for size in sizes if not isinstance(size, Mapping)]
+            if plain != sorted(set(plain)):
+                raise ConfigError(f"draft: sizes ascend, and the whole model comes last of all; got {plain}")
+            drafts = [self._draft(size) for size in sizes]
+            found = Model(self.config, self.params, self.tokenizer, self.step, self.origin)
+            # In place of the one that would be made when it is first asked for.
+            found.decoder = SpeculativeDecoder(
+                self.model, self.params, drafts, self.dtype, draft_tokens, draft_confidence
+            )
+            self._drafted[key] = found
+        return self._drafted[key]
+
+    def _draft(self, size: float | Mapping[str, Part]) -> Draft:
+        parts = parts_of(self.model, size, "draft")
+        if choose(self.model, parts) == choose(self.model, dict.fromkeys(parts, 1.0)):
+            raise ConfigError("draft: this is the whole model, which verifies; a draft is a smaller part")
+        small = self.submodel(parts)
+        return small.model, small.params
 
     @cached_property
     def decoder(self) -> Decoder:
@@ -131,16 +181,24 @@ class Model:
         seed: int = 0,
         stop_at_end: bool = True,
         special_tokens: bool = False,
+        *,
+        draft: float | Mapping[str, Part] | Sequence[float | Mapping[str, Part]] | None = None,
+        draft_tokens: int = 4,
+        draft_confidence: float = 0.5,
         **options: Any,
     ) -> str | list[str]:
         """The continuation of a prompt, or of each prompt of a list, without the prompt.
 
         Args:
+            draft, draft_tokens, draft_confidence: as of `speculate`; None drafts nothing.
             special_tokens: whether names of special tokens in a prompt, such as ``<|im_start|>``, stand for them.
             sampling: how tokens are chosen; or give its attributes, such as ``temperature=0``, as `options`.
         """
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         sampling = sampling or validate(SamplingSpec, options)
+        if draft is not None:
+            drafted = self.speculate(draft, draft_tokens, draft_confidence)
+            return drafted.generate(prompt, max_new_tokens, sampling, seed, stop_at_end, special_tokens)
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         made = np.stack(list(self.stream(prompts, max_new_tokens, sampling, seed, stop_at_end, special_tokens)), axis=1)
         texts = [self.tokenizer.decode(_before(row, self._end(stop_at_end))) for row in made]
         return texts[0] if isinstance(prompt, str) else texts
@@ -325,19 +383,28 @@ class Model:
         config = self.config.model_copy(update={"model": spec, "init_from": None, "nesting": NoNestingSpec()})
         return Model(config, cut(self.params), self.tokenizer, self.step, self.origin)
 
-    def extract(self, *, experts: Any = None, **choice: Any) -> "Model":
-        """A smaller model of a part of this one.
+    def extract(self, *, experts: Any = None, order: Order | None = None, **choice: Any) -> "Model":
+        """A smaller model of a part of this one, what is worth most of it.
 
         Args:
             experts: as a part of all, like other axes; or how many or which (see `efficient_lm.experts.extract`, which
                 then takes what is left of `choice`).
-            choice: parts by axis, as of `submodel`.
+            order: what makes units worth keeping (see `efficient_lm.elastic.importance`): ``none`` keeps the first.
+                None: those of axes that the model is trained for, and along others the most active.
+            choice: parts by axis, as of `submodel`; and `text`, `sequence_length` and `rows` of what is measured on, as
+                of `efficient_lm.experts.upcycle`.
         """
-        if experts is None or isinstance(experts, float):
-            return self.submodel(choice if experts is None else {**choice, "experts": experts})
-        from efficient_lm.experts import extract
+        from efficient_lm.experts import extract, rows_of
 
-        return extract(self, experts, **choice)
+        if experts is not None and not isinstance(experts, float):
+            return extract(self, experts, **choice)
+        measured = {name: choice.pop(name) for name in ("text", "sequence_length", "rows") if name in choice}
+        parts = choice if experts is None else {**choice, "experts": experts}
+        params, parts = most_important(
+            self.model, self.params, parts, order, lambda: rows_of(self, **measured), self.dtype
+        )  # fmt: skip
+        whole = Model(self.config, params, self.tokenizer, self.step, self.origin)
+        return whole.submodel(parts)
 
     def save(self, path: str | Path) -> Path:
         """Write a run directory: config, tokenizer, parameters. Raises `CheckpointError` if something is there."""

@@ -1,8 +1,10 @@
-"""What a channel mixer is given and what it says of it, caught while its block runs."""
+"""What parts of a block are given, and what a channel mixer says of it, caught while the block runs."""
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
+from flax import nnx
 
 from efficient_lm.models.auxiliary import Auxiliary
 from efficient_lm.models.block import Block
@@ -18,15 +20,15 @@ class Caught(NamedTuple):
 
 
 class _Probe:
-    """Stands in for a channel mixer and remembers what it was called with."""
+    """Stands in for a module and remembers what it was called with and what it gave."""
 
-    def __init__(self, inner: object):
+    def __init__(self, inner: Any):
         self.inner, self.calls = inner, []
 
-    def __call__(self, x: jax.Array, context: Context) -> tuple[jax.Array, Auxiliary]:
-        y, auxiliary = self.inner(x, context)
-        self.calls.append(Caught(x, context, auxiliary.observed))
-        return y, auxiliary
+    def __call__(self, *given: Any) -> Any:
+        result = self.inner(*given)
+        self.calls.append((given, result))
+        return result
 
 
 def run_probed(block: Block, x: jax.Array, context: Context) -> tuple[jax.Array, Caught, dict[str, jax.Array]]:
@@ -34,8 +36,31 @@ def run_probed(block: Block, x: jax.Array, context: Context) -> tuple[jax.Array,
 
     Where a depth rule takes tokens away, the channel mixer's rows are shorter than the block's.
     """
-    probe = _Probe(block.ffn.inner)
-    block.ffn.inner = probe
+    y, auxiliary, (calls,) = _run(block, [("ffn", "inner")], x, context)
+    (read, told), (_, said) = calls[0]
+    return y, Caught(read, told, said.observed), auxiliary.observed
+
+
+def run_listening(
+    block: Block, paths: Sequence[tuple[str, ...]], x: jax.Array, context: Context
+) -> tuple[jax.Array, list[list[tuple[Any, ...]]]]:
+    """The residual stream behind a block, and of each module inside at `paths` the arguments of its calls."""
+    y, _, found = _run(block, paths, x, context)
+    return y, [[given for given, _ in calls] for calls in found]
+
+
+def _run(
+    block: Block, paths: Sequence[tuple[str, ...]], x: jax.Array, context: Context
+) -> tuple[jax.Array, Auxiliary, list[list[tuple[Any, Any]]]]:
+    places: list[tuple[nnx.Module, str, _Probe]] = []
+    for path in paths:
+        parent = block
+        for name in path[:-1]:
+            parent = getattr(parent, name)
+        places.append((parent, path[-1], _Probe(getattr(parent, path[-1]))))
+    for parent, name, probe in places:
+        setattr(parent, name, probe)
     y, _, auxiliary = block(x, context)
-    block.ffn.inner = probe.inner
-    return y, probe.calls[0], auxiliary.observed
+    for parent, name, probe in places:
+        setattr(parent, name, probe.inner)
+    return y, auxiliary, [probe.calls for _, _, probe in places]

@@ -20,6 +20,18 @@ maps through a bottleneck; ``layers``; ``width`` of the residual stream.
 
 AXES: tuple[str, ...] = get_args(Axis)
 
+LAID_ALONG = {
+    "ffn": ("mlp",),
+    "heads": ("groups", "kv_heads", "heads", "inner"),
+    "state": ("state",),
+    "experts": ("experts",),
+    "rank": ("rank",),
+}
+"""By axis, the logical axes of parameters that its units lie along, each unit in as many consecutive places."""
+
+READ_BY = {"ffn": "down", "heads": "output"}
+"""By axis, the name of the linear map whose inputs its units are."""
+
 
 class Elastic:
     """What a resolved spec says of the smaller ones inside it. What is not elastic has no axes."""
@@ -31,6 +43,18 @@ class Elastic:
     def axis_sizes(self) -> dict[str, int]:
         """How many units each of its axes has."""
         return {axis: getattr(self, fields[0]) for axis, fields in self.counted().items()}
+
+    def laid_along(self) -> dict[str, tuple[str, ...]]:
+        """By axis, the logical axes of its parameters that its own units lie along (see `LAID_ALONG`)."""
+        return {axis: LAID_ALONG[axis] for axis in self.counted()}
+
+    def inside(self) -> dict[str, "Elastic"]:
+        """Parts of it that have units of their own, by the name of their parameters."""
+        return {}
+
+    def fixed(self) -> dict[str, str]:
+        """Axes whose units mean something by their place and cannot change it, each with the reason."""
+        return {}
 
     def cut(self, units: Mapping[str, int]) -> Self:
         """The same with the first so many units of some axes; those it does not have are of no concern."""

@@ -12,6 +12,7 @@ from flax import nnx
 from efficient_lm.errors import nearest
 from efficient_lm.models.auxiliary import Auxiliary
 from efficient_lm.models.context import Context
+from efficient_lm.models.elastic import LAID_ALONG, Elastic
 from efficient_lm.models.ffns import expert_parallel
 from efficient_lm.models.ffns.base import FFNSpec
 from efficient_lm.models.ffns.dense import DenseSpec, SwiGLUSpec
@@ -133,6 +134,12 @@ class MoESpec(FFNSpec):
         sizes = [part.axis_sizes()["ffn"] for part in (self.expert, self.shared) if part is not None]
         fixed = self.router.groups > 1 or self.router.pregated or self.zero_experts
         return {"ffn": math.gcd(*sizes)} | ({} if fixed else {"experts": self.experts})
+
+    def laid_along(self) -> dict[str, tuple[str, ...]]:
+        return {"experts": LAID_ALONG["experts"]} if "experts" in self.axis_sizes() else {}
+
+    def inside(self) -> dict[str, Elastic]:
+        return {"experts": self.expert} | ({} if self.shared is None else {"shared": self.shared})
 
     def cut(self, units: Mapping[str, int]) -> "MoESpec":
         changes: dict[str, Any] = {}

@@ -26,6 +26,9 @@ class FixedDecaySpec(MatrixStateSpec):
         yield from super().faults(width)
         yield from turning_faults(self.position, self.resolved(width).key_size)
 
+    def fixed(self) -> dict[str, str]:
+        return {"heads": "each forgets at a rate that follows from its place"}
+
     def weights(self, width: int) -> int:
         sizes = self.resolved(width)
         return super().weights(width) + width * sizes.heads * sizes.value_size

@@ -99,6 +99,10 @@ class Mamba2Spec(MixerSpec):
         heads = ("groups", "heads") if self.groups > 1 else ("heads",)
         return {"heads": heads, "state": ("state_size",)}
 
+    def laid_along(self) -> dict[str, tuple[str, ...]]:
+        # One group is every head's.
+        return super().laid_along() | ({} if self.groups > 1 else {"heads": ("heads",)})
+
     def build(self, width: int, init: Initialization) -> nnx.Module:
         return Mamba2(self, width, init)
 

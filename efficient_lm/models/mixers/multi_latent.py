@@ -122,7 +122,7 @@ class MultiLatent(nnx.Module):
         if spec.query_rank is None:
             self.query = Linear(embed, query, init=init)
         else:
-            source = {"rank": spec.query_rank}
+            source = {"query_rank": spec.query_rank}
             self.query_down = Linear(embed, source, init=init, bias=spec.bias)
             self.query_norm = spec.norm.build(source)
             self.query_up = Linear(source, query, init=init)

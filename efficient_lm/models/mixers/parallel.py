@@ -8,6 +8,7 @@ import jax
 from flax import nnx
 
 from efficient_lm.models.context import Context
+from efficient_lm.models.elastic import Elastic
 from efficient_lm.models.layers.linear import scaled
 from efficient_lm.models.mixers.attention import AttentionSpec
 from efficient_lm.models.mixers.base import Cache, MixerSpec
@@ -66,6 +67,9 @@ class ParallelSpec(MixerSpec):
             for axis, count in branch.mixer.axis_sizes().items():
                 found.setdefault(axis, set()).add(count)
         return {axis: math.gcd(*counts) for axis, counts in found.items()}
+
+    def inside(self) -> dict[str, Elastic]:
+        return {name: branch.mixer for name, branch in self.branches.items()}
 
     def cut(self, units: Mapping[str, int]) -> "ParallelSpec":
         """Every branch by the same part."""
