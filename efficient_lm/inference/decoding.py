@@ -76,9 +76,9 @@ class Decoder:
         """
         longest = max(len(prompt) for prompt in prompts)
         self.model.check_length(longest + max_new_tokens, "prompt + max_new_tokens")
-        tokens, context = _left_padded(prompts, _rounded(longest))
+        tokens, context = left_padded(prompts, rounded(longest))
         keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(jnp.arange(len(prompts)))
-        length = _rounded(longest + max_new_tokens)
+        length = rounded(longest + max_new_tokens)
         token, position, caches, _ = self._prefill(self.params, tokens, context, keys, length=length, sampling=sampling)
         ended, lengths = np.zeros(len(prompts), bool), np.array([len(prompt) for prompt in prompts])
         self._ran = ran = _Ran(len(self.model.layers))
@@ -161,11 +161,12 @@ class _Ran:
         return computed(model, skipping, self.halves, self.tokens, length)
 
 
-def _rounded(length: int) -> int:
+def rounded(length: int) -> int:
+    """A length of prompts or caches up to which there is one compiled program."""
     return -(-length // BUCKET) * BUCKET
 
 
-def _left_padded(prompts: Sequence[np.ndarray], length: int) -> tuple[jax.Array, Context]:
+def left_padded(prompts: Sequence[np.ndarray], length: int) -> tuple[jax.Array, Context]:
     """Prompts that all end in the last column, so that one column holds every row's next-token logits."""
     shape = (len(prompts), length)
     arrays: dict[str, Any] = {name: np.zeros(shape, np.int32) for name in ("tokens", "positions", "segments")}

@@ -63,6 +63,10 @@ class AttentionSpec(MixerSpec):
     position: OneOf[PositionSpec] = RotarySpec()
     implementation: Literal["auto", "reference", "xla", "cudnn"] = "auto"
 
+    @property
+    def takes_back(self) -> bool:
+        return self.window is None
+
     def faults(self, width: int) -> Iterator[tuple[str, str]]:
         heads = self.head_count(width)
         if self.head_size is None and width % heads:

@@ -31,6 +31,11 @@ class MixerSpec(Elastic, Choice, role="mixer"):
     bidirectional: ClassVar[bool] = False
     needs_every_token: ClassVar[bool] = False
 
+    @property
+    def takes_back(self) -> bool:
+        """Whether its cache has a place of its own for each token, so that the newest can be taken back by number."""
+        return False
+
     def faults(self, width: int) -> Iterator[tuple[str, str]]:
         """What cannot work in a model of this width: pairs of (key, message)."""
         return iter(())

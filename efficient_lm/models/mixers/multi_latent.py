@@ -71,6 +71,10 @@ class MultiLatentSpec(MixerSpec):
     position: OneOf[PositionSpec] = RotarySpec()
     implementation: Literal["auto", "reference", "xla", "cudnn"] = "auto"
 
+    @property
+    def takes_back(self) -> bool:
+        return self.window is None
+
     def faults(self, width: int) -> Iterator[tuple[str, str]]:
         sizes = self.resolved(width)
         if self.head_size is None and width % sizes.heads:
