@@ -28,6 +28,7 @@ from efficient_lm.evaluation.text import evaluate_documents
 from efficient_lm.evaluation.windows import WindowSpec
 from efficient_lm.inference.decoding import Decoder
 from efficient_lm.inference.sampling import SamplingSpec
+from efficient_lm.inference.speculative import Draft, SpeculativeDecoder
 from efficient_lm.interop.hugging_face import Origin, check_free, write_folder
 from efficient_lm.interop.sources import Published, is_published, open_published
 from efficient_lm.models.computed import computed
@@ -72,6 +73,7 @@ class Model:
         self.model: LanguageModel = config.model.build()
         self.skipping = skipping
         self.dtype = config.precision.dtype
+        self._drafted: dict[str, Model] = {}
 
     @property
     def begins(self) -> bool:
@@ -93,6 +95,53 @@ class Model:
         if kind is not None:
             kind.check(self.model)
         return Model(self.config, self.params, self.tokenizer, self.step, self.origin, kind)
+
+    def speculate(
+        self,
+        draft: float | Mapping[str, Part] | Sequence[float | Mapping[str, Part]],
+        draft_tokens: int = 4,
+        draft_confidence: float = 0.5,
+    ) -> "Model":
+        """The same model, whose tokens a smaller one inside drafts: it generates the same, in fewer passes.
+
+        Args:
+            draft: what `submodel` takes, or several of them, smallest first.
+            draft_tokens: drafted at a time.
+            draft_confidence: probability of the likeliest token below which a token is left to the next larger draft.
+
+        Returns:
+            A model whose `decoder` is a `SpeculativeDecoder`; the same one for the same arguments.
+
+        Raises:
+            ConfigError: nothing that the model has inside, or the whole; or the model skips layers.
+        """
+        if self.skipping is not None:
+            raise ConfigError(
+                f"draft: with skipping={self.skipping.kind} there is no whole model to verify with; leave one out"
+            )
+        if draft_tokens < 1:
+            raise ConfigError(f"draft_tokens: at least 1; got {draft_tokens}")
+        key = repr((draft, draft_tokens, draft_confidence))
+        if key not in self._drafted:
+            sizes = [draft] if isinstance(draft, Mapping | float | int) else list(draft)
+            plain = [size for size in sizes if not isinstance(size, Mapping)]
+            if plain != sorted(set(plain)):
+                raise ConfigError(f"draft: sizes ascend, and the whole model comes last of all; got {plain}")
+            drafts = [self._draft(size) for size in sizes]
+            found = Model(self.config, self.params, self.tokenizer, self.step, self.origin)
+            # In place of the one that would be made when it is first asked for.
+            found.decoder = SpeculativeDecoder(
+                self.model, self.params, drafts, self.dtype, draft_tokens, draft_confidence
+            )
+            self._drafted[key] = found
+        return self._drafted[key]
+
+    def _draft(self, size: float | Mapping[str, Part]) -> Draft:
+        parts = parts_of(self.model, size, "draft")
+        if choose(self.model, parts) == choose(self.model, dict.fromkeys(parts, 1.0)):
+            raise ConfigError("draft: this is the whole model, which verifies; a draft is a smaller part")
+        small = self.submodel(parts)
+        return small.model, small.params
 
     @cached_property
     def decoder(self) -> Decoder:
@@ -132,16 +181,24 @@ class Model:
         seed: int = 0,
         stop_at_end: bool = True,
         special_tokens: bool = False,
+        *,
+        draft: float | Mapping[str, Part] | Sequence[float | Mapping[str, Part]] | None = None,
+        draft_tokens: int = 4,
+        draft_confidence: float = 0.5,
         **options: Any,
     ) -> str | list[str]:
         """The continuation of a prompt, or of each prompt of a list, without the prompt.
 
         Args:
+            draft, draft_tokens, draft_confidence: as of `speculate`; None drafts nothing.
             special_tokens: whether names of special tokens in a prompt, such as ``<|im_start|>``, stand for them.
             sampling: how tokens are chosen; or give its attributes, such as ``temperature=0``, as `options`.
         """
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         sampling = sampling or validate(SamplingSpec, options)
+        if draft is not None:
+            drafted = self.speculate(draft, draft_tokens, draft_confidence)
+            return drafted.generate(prompt, max_new_tokens, sampling, seed, stop_at_end, special_tokens)
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         made = np.stack(list(self.stream(prompts, max_new_tokens, sampling, seed, stop_at_end, special_tokens)), axis=1)
         texts = [self.tokenizer.decode(_before(row, self._end(stop_at_end))) for row in made]
         return texts[0] if isinstance(prompt, str) else texts

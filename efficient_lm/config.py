@@ -159,6 +159,9 @@ class RunConfig(Spec):
 Parts = Real | Annotated[Listing[Real], Field(min_length=1)] | dict[str, Real]
 """A part of an axis of a model: one, one for each layer that has it, or by block."""
 
+Inside = Real | dict[str, Parts]
+"""A smaller model inside another: a part of every axis it is trained to be smaller along, or parts by axis."""
+
 
 class Skipping(Spec):
     """What uses a model.
@@ -170,7 +173,7 @@ class Skipping(Spec):
     """
 
     skipping: OneOf[SkippingSpec] | None = None
-    submodel: Real | dict[str, Parts] | None = None
+    submodel: Inside | None = None
 
 
 class EvaluateConfig(Skipping):
@@ -242,6 +245,10 @@ class GenerateConfig(Skipping):
         seed: of the sampling.
         stop_at_end: whether the end-of-text token ends a text.
         special_tokens: whether names of special tokens in the prompt, such as ``<|im_start|>``, stand for them.
+        draft: the smaller model inside that drafts tokens, as `submodel` says one; or several, smallest first; None
+            makes every token with the whole.
+        draft_tokens: that are drafted at a time.
+        draft_confidence: probability of the likeliest token below which a token is left to the next larger draft.
     """
 
     checkpoint: Name
@@ -255,6 +262,9 @@ class GenerateConfig(Skipping):
     seed: Natural = 0
     stop_at_end: bool = True
     special_tokens: bool = False
+    draft: Inside | Annotated[Listing[Inside], Field(min_length=1)] | None = None
+    draft_tokens: Count = 4
+    draft_confidence: Fraction = 0.5
 
     @model_validator(mode="after")
     def _one_source(self) -> "GenerateConfig":

@@ -28,12 +28,17 @@ Main keys
   submodel=          0.5: the smaller model inside with such a part of what it is trained to be smaller along;
                      submodel.ffn=0.5: of this
   skipping=          which layers a token runs: uniform, confidence, ...; what that saved is said at the end
+  draft=             0.25: such a smaller model inside drafts tokens, which the whole verifies: the same text, sooner;
+                     [0.125,0.5]: several sizes; draft.layers=0.5: of this axis; what was accepted is said at the end
+  draft_tokens=      drafted at a time
+  draft_confidence=  probability below which a token is left to the next larger draft
   special_tokens=    whether <|im_start|> and the like in the prompt stand for those tokens
 
 Examples
   efficient-lm generate checkpoint=runs/quickstart prompt='My fellow citizens, the state of'
   efficient-lm generate checkpoint=runs/quickstart prompt="['In peace','In war']" temperature=0
   efficient-lm generate checkpoint=runs/quickstart prompt='In war' skipping=uniform skipping.layers=4
+  efficient-lm generate checkpoint=runs/nested prompt='In war' draft=0.25 draft_tokens=4
 """
 
 
@@ -50,6 +55,8 @@ def run(overrides: Sequence[str], flags: Options) -> None:
     from efficient_lm.inference.sampling import SamplingSpec
 
     model = load(config.checkpoint, config.submodel).skip(config.skipping)
+    if config.draft is not None:
+        model = model.speculate(config.draft, config.draft_tokens, config.draft_confidence)
     sampling = SamplingSpec(**{name: getattr(config, name) for name in SamplingSpec.model_fields})
     options = (config.max_new_tokens, sampling, config.seed, config.stop_at_end, config.special_tokens)
     if len(prompts) > 1:
@@ -67,7 +74,7 @@ def run(overrides: Sequence[str], flags: Options) -> None:
 
 
 def _report(model: "Model") -> None:
-    """What was computed, where that is not everything."""
+    """What was computed, where that is not everything, or what became of drafts."""
     if model.decoder.report is not None:
         log.info("%s", model.decoder.report)
 

@@ -117,8 +117,11 @@ def units_of(model: LanguageModel) -> list[dict[str, dict[str, int]]]:
     return [layer.resolved(model.spec.width).axis_sizes() for layer in model.layers]
 
 
-def parts_of(model: LanguageModel, submodel: float | Mapping[str, Part]) -> Mapping[str, Part]:
+def parts_of(model: LanguageModel, submodel: float | Mapping[str, Part], key: str = "submodel") -> Mapping[str, Part]:
     """The parts that one number stands for: of every axis that the model is trained to be smaller along.
+
+    Args:
+        key: what a user calls it.
 
     Raises:
         ConfigError: the model is not trained for any, or not for this one.
@@ -128,11 +131,11 @@ def parts_of(model: LanguageModel, submodel: float | Mapping[str, Part]) -> Mapp
     grids = granularities(model)
     if not grids:
         raise ConfigError(
-            f"submodel: the model was not trained to have smaller ones inside; name an axis, submodel.ffn={submodel:g}"
+            f"{key}: the model was not trained to have smaller ones inside; name an axis, {key}.ffn={submodel:g}"
         )
     sizes = sorted({part for grid in grids.values() for part in grid})
     if not any(math.isclose(submodel, size, rel_tol=1e-6) for size in sizes):
-        raise ConfigError(f"submodel: the model is trained for {_listed(sizes)}, and not for {submodel:g}")
+        raise ConfigError(f"{key}: the model is trained for {_listed(sizes)}, and not for {submodel:g}")
     # An axis that is not trained for as little keeps its nearest larger part.
     return {axis: min(part for part in grid if part >= submodel * (1 - 1e-6)) for axis, grid in grids.items()}
 
