@@ -14,7 +14,10 @@ Main keys
   ffn= heads= state= rank=   0.5: such a part of hidden units, heads, recurrent state, bottlenecks;
                      [1,0.5,...]: one for each layer; ffn.BLOCK=0.5: in the layers of a block
   width=             such a part of the residual stream
-  layers=            0.5: the first such part of the layers; [0,1,3]: these
+  layers=            0.5: such a part of the layers; [0,1,3]: these
+  order=             which units and layers a part keeps: activation (what the output map reads of a unit; of
+                     layers, how much they change the stream), gradient, weight, none (the first); by default
+                     the first of what the model is trained to be smaller along, and activation along others
   experts=           0.5: such a part of each layer's; 4: so many of the most important; [0,2]: these;
                      [[0,2],[1,3]]: these of each layer with experts
   by=                what a number keeps: reconstruction (the layer's error without an expert), weight, load
@@ -30,6 +33,7 @@ Main keys
 Examples
   efficient-lm extract checkpoint=runs/nested output=runs/half ffn=0.5
   efficient-lm extract checkpoint=runs/nested output=runs/uneven ffn=[0.25,0.5,0.5,1] layers=[0,1,2,4]
+  efficient-lm extract checkpoint=runs/quickstart output=runs/pruned ffn=0.5 heads=0.5 order=activation
   efficient-lm extract checkpoint=runs/both output=runs/without_code experts=[0,1]
   efficient-lm extract checkpoint=runs/moe_tiny output=runs/half experts=4 by=weight
   efficient-lm extract checkpoint=runs/nested output=runs/small budget.params=12e6 search=evolution
@@ -67,5 +71,6 @@ def run(overrides: Sequence[str], options: Options) -> None:
             config.text, config.sequence_length, config.limit,
         )  # fmt: skip
     if config.parts:
-        made = made.submodel(config.parts)
+        measured = {"text": config.text, "sequence_length": config.sequence_length, "rows": config.limit}
+        made = made.extract(**config.parts, order=config.order, **measured)
     print(save(made, config.output, config.checkpoint, model))

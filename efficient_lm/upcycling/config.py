@@ -6,6 +6,7 @@ from pydantic import Field, model_validator
 
 from efficient_lm.config import Name, Parts
 from efficient_lm.elastic.budget import BudgetSpec
+from efficient_lm.elastic.importance import Order
 from efficient_lm.elastic.search.base import SearchSpec
 from efficient_lm.errors import ConfigError
 from efficient_lm.spec import Count, Listing, Natural, OneOf, Real, Spec
@@ -78,9 +79,11 @@ class ExtractConfig(Looking):
     Attributes:
         checkpoint: a run directory, one of its checkpoints, or a published model.
         ffn, heads, state, rank, width: parts of these axes that stay (see `models.elastic.Axis`); None: all.
-        layers: a part of them, the first ones; or the numbers of those that stay.
-        experts: a part of them, 0.5, the first ones; how many of the most important stay in each layer; or which, a
-            list, or a list for each layer with experts.
+        layers: a part of them, or the numbers of those that stay.
+        experts: a part of them, 0.5; how many of the most important stay in each layer; or which, a list, or a list for
+            each layer with experts.
+        order: which units, and layers, a part keeps: what is worth most (see `elastic.importance.Order`), or with
+            ``none`` the first; None takes the first of what the model is trained for, and else the most active.
         by: what makes an expert important, where it is said how many.
         uneven: whether layers may keep different numbers, as many on average.
         drop_super_experts: whether Super Experts may be dropped like any other.
@@ -97,6 +100,7 @@ class ExtractConfig(Looking):
     width: Real | None = None
     layers: Annotated[Listing[Natural], Field(min_length=1)] | Real | None = None
     experts: Count | Real | Listing[Natural] | Listing[Listing[Natural]] | None = None
+    order: Order | None = None
     by: Importance = "reconstruction"
     uneven: bool = False
     drop_super_experts: bool = False
@@ -130,8 +134,12 @@ class ExtractConfig(Looking):
             raise ConfigError(
                 "extract: say what stays: ffn=0.5, heads=0.5, layers=[0,1,3], experts=4, ...; or budget.params=12e6"
             )
+        if self.order is not None and not self.parts:
+            raise ConfigError("order: it says which units a part of an axis keeps, such as ffn=0.5; name a part too")
+        orders = bool(self.parts) and self.order != "none"
         if not isinstance(self.experts, int):
             for name in ("text", "uneven", "drop_super_experts"):
-                if getattr(self, name) and not (name == "text" and self.search is not None):
-                    raise ConfigError(f"{name}: experts are named; it is for a number of them")
+                if getattr(self, name) and not (name == "text" and (orders or self.search is not None)):
+                    why = "experts are named" if self.chooses_experts else "nothing is measured"
+                    raise ConfigError(f"{name}: {why}; it is for a number of experts, such as experts=4")
         return self
