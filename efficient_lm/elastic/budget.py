@@ -16,13 +16,14 @@ from efficient_lm.models.block import BlockSpec
 from efficient_lm.models.context import Context
 from efficient_lm.models.language_model import LanguageModel
 from efficient_lm.models.parameters import Blueprint, Initialization, count_parameters
+from efficient_lm.models.stack import Stack
 from efficient_lm.spec import Count, Positive, Spec
 
 COUNTED = ("params", "flops_per_token", "cache_bytes")
 """Costs that follow from an architecture; ``latency_ms`` is measured."""
 COSTS = (*COUNTED, "latency_ms")
-STEPS, REPEATS = 16, 5
-"""Tokens that are decoded in one measurement, and measurements, of which the fastest counts."""
+STEPS, REPEATS, LAYERS = 16, 5, 4
+"""Tokens that are decoded in one measurement, measurements, of which the fastest counts, and layers in them."""
 
 
 class BudgetSpec(Spec):
@@ -107,7 +108,7 @@ class Meter:
                 "cache_bytes": _bytes(lambda: self._cache(blueprint)),
             }
             if self.latency:
-                found["latency_ms"] = self._layer_ms(blueprint, width)
+                found["latency_ms"] = self._layer_ms(spec, width)
             self._layers[spec, width] = found
         return found
 
@@ -129,15 +130,16 @@ class Meter:
         block = blueprint(jax.tree.map(lambda declared: None, blueprint.declarations))
         return block.init_cache(1, self.length, self.dtype)
 
-    def _layer_ms(self, blueprint: Blueprint, width: int) -> float:
-        params = jax.jit(blueprint.init)(jax.random.key(0))
+    def _layer_ms(self, spec: BlockSpec, width: int) -> float:
+        # As in a model, where reading a layer's parameters and caches from those of all takes time too.
+        stack = Stack((spec,) * LAYERS, width, Initialization(0.02, 1.0))
 
         def step(params: Any, carry: Any, position: jax.Array) -> Any:
-            x, cache = carry
             context = Context(position[None, None], jnp.ones((1, 1), jnp.int32), "decode")
-            return blueprint(params)(x, context, cache)[:2]
+            return stack(params, carry[0], context, carry[1])[:2]
 
-        return _decoding_ms(step, params, (jnp.ones((1, 1, width), self.dtype), self._cache(blueprint)))
+        carry = jnp.ones((1, 1, width), self.dtype), stack.init_caches(1, self.length, self.dtype)
+        return _decoding_ms(step, jax.jit(stack.init)(jax.random.key(0)), carry) / LAYERS
 
     def _outside_ms(self, model: LanguageModel) -> float:
         def init(key: jax.Array) -> Any:

@@ -3,7 +3,7 @@
 import jax
 import pytest
 
-from efficient_lm.elastic.budget import BudgetSpec, Meter, check_possible, fits
+from efficient_lm.elastic.budget import LAYERS, BudgetSpec, Meter, check_possible, fits
 from efficient_lm.elastic.choices import choose
 from efficient_lm.elastic.search.base import Space
 from efficient_lm.elastic.submodels import submodel_spec
@@ -45,7 +45,7 @@ def test_layers_of_one_size_are_measured_once(monkeypatch):
     monkeypatch.setattr("efficient_lm.elastic.budget._decoding_ms", lambda *program: measured.append(program) or 0.5)
     space = Space.of(hybrid({"ffn": [0.5, 1]}), Meter(length=8, latency=True))
     assert len(measured) == 2 * 2 + 1
-    assert space.costs.of((0, 1, 0, 1))["latency_ms"] == 0.5 * 5
+    assert space.costs.of((0, 1, 0, 1))["latency_ms"] == 0.5 + 4 * 0.5 / LAYERS
 
 
 def test_a_layer_is_measured():
