@@ -1,5 +1,6 @@
 """What every search has: the submodels among which it looks, and the interface to score them."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -119,3 +120,8 @@ class SearchSpec(Choice, role="search"):
             cost: against which results are compared.
         """
         raise TypeError(f"{type(self).__name__} does not define run")
+
+
+def comparable(score: float) -> float:
+    """A score to rank by: what is no number is worse than any."""
+    return math.inf if math.isnan(score) else score

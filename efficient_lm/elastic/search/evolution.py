@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from efficient_lm.elastic.budget import fits
-from efficient_lm.elastic.search.base import Levels, Score, SearchSpec, Space
+from efficient_lm.elastic.search.base import Levels, Score, SearchSpec, Space, comparable
 from efficient_lm.elastic.search.mix_n_match import mixes
 from efficient_lm.spec import Count, Listing, Natural
 
@@ -72,7 +72,7 @@ class EvolutionSpec(SearchSpec):
             last = step == steps
             pieces = None if last else math.ceil(score.pieces / GROWTH ** (steps - step))
             among = [*children, parent] if last else children
-            ranked = sorted(among, key=lambda levels, pieces=pieces: _comparable(score(levels, pieces)))
+            ranked = sorted(among, key=lambda levels, pieces=pieces: comparable(score(levels, pieces)))
             children = ranked[:count]
         return children[0]
 
@@ -105,7 +105,3 @@ def mutated(space: Space, levels: Levels, limits: Mapping[str, float], rng: np.r
         if higher[layer] <= top and fits(space.costs.of(higher), limits):
             found = higher
     return tuple(found)
-
-
-def _comparable(score: float) -> float:
-    return math.inf if math.isnan(score) else score

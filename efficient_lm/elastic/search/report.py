@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from efficient_lm.elastic.budget import COSTS
-from efficient_lm.elastic.search.base import Levels, Space
+from efficient_lm.elastic.search.base import Levels, Space, comparable
 from efficient_lm.elastic.search.page import page
 from efficient_lm.training.reporting import write_atomically, write_json_atomically
 
@@ -52,16 +52,12 @@ def frontier(space: Space, scores: Mapping[Levels, float], cost: str) -> list[Ro
     costs = {levels: space.costs.of(levels) for levels in scores}
     rows: list[Row] = []
     least = math.inf
-    for levels in sorted(scores, key=lambda levels: (costs[levels][cost], _comparable(scores[levels]))):
+    for levels in sorted(scores, key=lambda levels: (costs[levels][cost], comparable(scores[levels]))):
         score = scores[levels]
         best = score < least
         least = score if best else least
         rows.append(Row(space.parts(levels), costs[levels], score, len(set(levels)) == 1, best))
     return rows
-
-
-def _comparable(score: float) -> float:
-    return math.inf if math.isnan(score) else score
 
 
 def write_report(
