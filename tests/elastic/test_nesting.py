@@ -54,7 +54,7 @@ def alone():
     return [jax.jit(LOSS.gradient(each))(params_of(model), batch(), KEY) for each in nested_models(model)]
 
 
-def close(found, expected, tolerance=1e-5):
+def assert_close(found, expected, tolerance=1e-5):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance), found, expected)
 
 
@@ -78,7 +78,7 @@ def test_one_is_drawn_in_every_step():
         shares = [1e-9, 1e-9, 1e-9]
         shares[place] = 1.0
         grads, sums = run(SampleSpec(probabilities=shares))
-        close(grads, expected[0])
+        assert_close(grads, expected[0])
         assert float(sums.metrics["submodel"] / sums.weight) == place
         assert sums.loss == pytest.approx(float(expected[1].loss), rel=1e-6)
     model = model_of()
@@ -90,11 +90,11 @@ def test_one_is_drawn_in_every_step():
 
 def test_all_at_once():
     grads, sums = run(JointSpec())
-    close(grads, jax.tree.map(lambda *leaves: sum(leaves) / 3, *(found for found, _ in alone())))
+    assert_close(grads, jax.tree.map(lambda *leaves: sum(leaves) / 3, *(found for found, _ in alone())))
     grads, sums = run(JointSpec(weights=(1, 1, 2)))
     weights = (0.25, 0.25, 0.5)
     expected = jax.tree.map(lambda *leaves: sum(map(jnp.multiply, weights, leaves)), *(found for found, _ in alone()))
-    close(grads, expected)
+    assert_close(grads, expected)
     for name, (_, own) in zip(("0.25", "0.5"), alone(), strict=False):
         assert sums.metrics[f"cross_entropy_{name}"] == pytest.approx(float(own.loss), rel=1e-6)
     assert sums.metrics["cross_entropy"] == pytest.approx(float(alone()[2][1].loss), rel=1e-6)
@@ -102,10 +102,10 @@ def test_all_at_once():
 
 def test_the_largest_the_smallest_and_one_between():
     grads, _ = run(SandwichSpec(distill=False))
-    close(grads, jax.tree.map(lambda *leaves: sum(leaves) / 3, *(found for found, _ in alone())))
+    assert_close(grads, jax.tree.map(lambda *leaves: sum(leaves) / 3, *(found for found, _ in alone())))
     grads, _ = run(SandwichSpec(distill=False, between=0))
     (smallest, _), _, (whole, _) = alone()
-    close(grads, jax.tree.map(lambda a, b: (a + b) / 2, smallest, whole))
+    assert_close(grads, jax.tree.map(lambda a, b: (a + b) / 2, smallest, whole))
 
 
 def test_smaller_ones_learn_what_the_largest_says():
@@ -123,7 +123,7 @@ def test_smaller_ones_learn_what_the_largest_says():
 
     value, expected = jax.jit(jax.value_and_grad(divergence))(params)
     grads, sums = run(SandwichSpec(between=0))
-    close(grads, jax.tree.map(lambda a, b: (a + b) / 2, expected, alone()[2][0]), 3e-5)
+    assert_close(grads, jax.tree.map(lambda a, b: (a + b) / 2, expected, alone()[2][0]), 3e-5)
     teacher = teacher_of(model, params, data, jnp.float32, packed=False)
     hidden = small.model.hidden(small.parameters(params), data["tokens"])[0]
     weight = small.model.head_weight(small.parameters(params))
@@ -138,7 +138,7 @@ def test_layers_draw_parts_of_their_own():
         shares = [1e-9, 1e-9, 1e-9]
         shares[place] = 1.0
         grads, sums = run(MixedSpec(probabilities=shares))
-        close(grads, expected[0])
+        assert_close(grads, expected[0])
     grads, _ = run(MixedSpec(), jax.random.key(11))
     used = np.any(grads["stack"]["segment_0"]["layer_0"]["ffn"]["inner"]["down"]["weight"] != 0, axis=-1).sum(axis=1)
     assert set(used.tolist()) <= {8, 16, 32}
