@@ -1,6 +1,5 @@
 """The models inside a trained one, side by side: how large each is, and how well it does."""
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 from efficient_lm.elastic.nested import nested_models
 from efficient_lm.models.language_model import LanguageModel
 from efficient_lm.models.parameters import count_parameters
+from efficient_lm.training.reporting import empty_plot, save_plot
 
 COLOR = "#4c72b0"
 
@@ -48,23 +48,10 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def plot_sizes(rows: Sequence[Mapping[str, Any]], path: Path, title: str) -> Path:
     """Draw bits per byte over parameters as a PNG at `path`; nothing is left half written."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.25, linewidth=0.6)
-    axes.set_xlabel("parameters, millions")
-    axes.set_ylabel("validation bits per byte")
-    axes.set_title(title, loc="left", fontweight="bold")
+    axes = empty_plot("parameters, millions", "validation bits per byte", title)
     millions, bits = [row["parameters"] / 1e6 for row in rows], [row["bits_per_byte"] for row in rows]
     axes.plot(millions, bits, color=COLOR, marker="o", linewidth=1.8)
     for row, x, y in zip(rows, millions, bits, strict=True):
         axes.annotate(f"{row['size']}: {y:.3f}", (x, y), xytext=(6, 6), textcoords="offset points")
     axes.margins(x=0.12, y=0.15)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path.with_suffix(".tmp"), format="png")
-    os.replace(path.with_suffix(".tmp"), path)
-    return path
+    return save_plot(axes, path)

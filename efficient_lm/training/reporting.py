@@ -191,26 +191,36 @@ def _duration(seconds: float) -> str:
 def plot_loss(run_dir: str | Path) -> Path:
     """Draw `plots/loss.png`: training loss, raw and smoothed, and validation loss, which the right axis has in bits per
     byte."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     rows = read_metrics(run_dir)
-    figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.25, linewidth=0.6)
-    axes.set_xlabel("step")
-    axes.set_ylabel("loss (nats per token)")
-    axes.set_title(Path(run_dir).absolute().name, loc="left", fontweight="bold")
+    axes = empty_plot("step", "loss (nats per token)", Path(run_dir).absolute().name)
     steps, loss = _series(rows, "loss")
     axes.plot(steps, loss, color="#4c72b0", alpha=0.3, linewidth=0.8)
     axes.plot(steps, _smoothed(loss), color="#4c72b0", linewidth=1.8, label="training (smoothed)")
     _plot_validation(axes, rows)
     axes.legend(frameon=False)
-    path = Path(run_dir) / "plots" / "loss.png"
+    return save_plot(axes, Path(run_dir) / "plots" / "loss.png")
+
+
+def empty_plot(across: str, up: str, title: str) -> Any:
+    """The axes of a new figure in the house's style, with labels for what goes across and up."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25, linewidth=0.6)
+    axes.set_xlabel(across)
+    axes.set_ylabel(up)
+    axes.set_title(title, loc="left", fontweight="bold")
+    return axes
+
+
+def save_plot(axes: Any, path: Path) -> Path:
+    """Write a figure as a PNG at `path`, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path.with_suffix(".tmp"), format="png")
+    axes.figure.savefig(path.with_suffix(".tmp"), format="png")
     os.replace(path.with_suffix(".tmp"), path)
     return path
 

@@ -3,7 +3,6 @@
 import csv
 import io
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 from efficient_lm.elastic.budget import COSTS
 from efficient_lm.elastic.search.base import Levels, Space, comparable
 from efficient_lm.elastic.search.page import page
-from efficient_lm.training.reporting import write_atomically, write_json_atomically
+from efficient_lm.training.reporting import empty_plot, save_plot, write_atomically, write_json_atomically
 
 UNITS = {
     "params": "parameters",
@@ -90,16 +89,7 @@ def _csv(rows: Sequence[Row], costs: Sequence[str], fitness: str, chosen: Row | 
 def _plot(
     path: Path, rows: Sequence[Row], fitness: str, cost: str, chosen: Row | None, limits: Mapping[str, float]
 ) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.25, linewidth=0.6)
-    axes.set_xlabel(UNITS[cost])
-    axes.set_ylabel(FITNESS[fitness])
+    axes = empty_plot(UNITS[cost], FITNESS[fitness], "submodels")
 
     def points(of: Sequence[Row]) -> tuple[list[float], list[float]]:
         return [row.costs[cost] for row in of], [row.score for row in of]
@@ -113,5 +103,4 @@ def _plot(
     if cost in limits:
         axes.axvline(limits[cost], color="#c44e52", linewidth=1, linestyle="--", label="budget")
     axes.legend(frameon=False)
-    figure.savefig(path.with_suffix(".tmp"), format="png")
-    os.replace(path.with_suffix(".tmp"), path)
+    save_plot(axes, path)
