@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -74,13 +74,9 @@ class Decoder:
         Raises:
             ConfigError: prompt and new tokens together are longer than the model's table of positions.
         """
-        longest = max(len(prompt) for prompt in prompts)
-        self.model.check_length(longest + max_new_tokens, "prompt + max_new_tokens")
-        tokens, context = left_padded(prompts, rounded(longest))
-        keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(jnp.arange(len(prompts)))
-        length = rounded(longest + max_new_tokens)
-        token, position, caches, _ = self._prefill(self.params, tokens, context, keys, length=length, sampling=sampling)
-        ended, lengths = np.zeros(len(prompts), bool), np.array([len(prompt) for prompt in prompts])
+        begun = self._begin(prompts, max_new_tokens, sampling, seed)
+        token, position, keys, caches = begun.token, begun.position, begun.keys, begun.caches
+        ended = np.zeros(len(prompts), bool)
         self._ran = ran = _Ran(len(self.model.layers))
         for index in range(1, max_new_tokens + 1):
             # The next step is dispatched before this one's token is read, so that the device does not wait for us.
@@ -97,7 +93,18 @@ class Decoder:
                 return
             token, position, caches, halves = following
             if halves is not None:
-                ran.add(np.asarray(halves), ~ended, lengths + index)
+                ran.add(np.asarray(halves), ~ended, begun.lengths + index)
+
+    def _begin(self, prompts: Sequence[np.ndarray], max_new_tokens: int, sampling: SamplingSpec, seed: int) -> "_Begun":
+        """Read the prompts, whose errors are those of `stream`."""
+        lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+        longest = int(lengths.max())
+        self.model.check_length(longest + max_new_tokens, "prompt + max_new_tokens")
+        tokens, context = left_padded(prompts, rounded(longest))
+        keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(jnp.arange(len(prompts)))
+        length = rounded(longest + max_new_tokens)
+        token, position, caches, _ = self._prefill(self.params, tokens, context, keys, length=length, sampling=sampling)
+        return _Begun(tokens, context, lengths, keys, length, token, position, caches)
 
     def _first(
         self,
@@ -141,6 +148,27 @@ class Decoder:
         if self._counts:
             ran = self.model.stack.ran(auxiliary.observed, context.segment_ids != 0)[..., -1]
         return sample(logits, jax.vmap(jax.random.fold_in)(keys, position), sampling), position, caches, ran
+
+
+class _Begun(NamedTuple):
+    """Prompts that were read.
+
+    Attributes:
+        tokens, context: of the prompts, left-padded.
+        lengths: int32 ``[batch]``, of the prompts.
+        keys: ``[batch]``, of each row's random numbers.
+        length: that the caches have room for.
+        token, position: int32 ``[batch]``, the first token of each row, which no cache has yet, and its place.
+    """
+
+    tokens: jax.Array
+    context: Context
+    lengths: np.ndarray
+    keys: jax.Array
+    length: int
+    token: jax.Array
+    position: jax.Array
+    caches: Caches
 
 
 class _Ran:

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from time import perf_counter
 from typing import Any
 
@@ -11,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from efficient_lm.errors import ConfigError
-from efficient_lm.inference.decoding import Decoder, left_padded, rounded
+from efficient_lm.inference.decoding import Decoder
 from efficient_lm.inference.rejection import propose, verify
 from efficient_lm.inference.sampling import SamplingSpec
 from efficient_lm.models.context import Context
@@ -84,30 +83,27 @@ class SpeculativeDecoder(Decoder):
         end: int | None = None,
     ) -> Iterator[np.ndarray]:
         """As `Decoder.stream`; rows go on as far as their own drafts stand, and wait for each other to be yielded."""
-        lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-        self.model.check_length(int(lengths.max()) + max_new_tokens, "prompt + max_new_tokens")
-        tokens, context = left_padded(prompts, rounded(int(lengths.max())))
-        keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(jnp.arange(len(prompts)))
-        length = rounded(int(lengths.max()) + max_new_tokens)
-        self._counted, began = Speculated(sizes=(0,) * len(self.small)), perf_counter()
-        token, position, caches, _ = self._prefill(self.params, tokens, context, keys, length=length, sampling=sampling)
-        own = None if self.shared else self._read(self.small_params[0], tokens, context, length=length)
+        self._counted, started = Speculated(sizes=(0,) * len(self.small)), perf_counter()
+        begun = self._begin(prompts, max_new_tokens, sampling, seed)
+        token, position, caches, own = begun.token, begun.position, begun.caches, None
+        if not self.shared:
+            own = self._read(self.small_params[0], begun.tokens, begun.context, length=begun.length)
         rows = [_Row(max_new_tokens, end) for _ in prompts]
         made, counts, yielded = np.asarray(token)[:, None], np.ones(len(prompts), int), 0
         while True:
             for row, more, count in zip(rows, made, counts, strict=True):
                 row.add(more[:count])
             running = np.array([not row.done for row in rows])
-            self._counted = self._counted.timed(sum(len(row.tokens) for row in rows), perf_counter() - began)
+            self._counted = self._counted.timed(sum(len(row.tokens) for row in rows), perf_counter() - started)
             ready = min((len(row.tokens) for row in rows if not row.done), default=max(len(row.tokens) for row in rows))
             for index in range(yielded, ready):
                 yield np.array([row.at(index) for row in rows], np.int32)
             yielded = ready
             if not running.any():
                 return
-            limits = jnp.asarray(np.where(running, lengths + max_new_tokens, 0), jnp.int32)
+            limits = jnp.asarray(np.where(running, begun.lengths + max_new_tokens, 0), jnp.int32)
             (made, counts, offered, sizes), token, position, caches, own = self._verify(
-                self.params, self.small_params, token, position, limits, keys,
+                self.params, self.small_params, token, position, limits, begun.keys,
                 caches=caches, own=own, sampling=sampling,
             )  # fmt: skip
             made, counts = np.asarray(made), np.asarray(counts)
