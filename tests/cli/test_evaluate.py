@@ -8,17 +8,8 @@ import jax
 import pytest
 
 from efficient_lm.api import Model
-from efficient_lm.cli import main as cli
 from efficient_lm.config import load_run_config
 from efficient_lm.training.setup import with_vocabulary
-
-
-@pytest.fixture(autouse=True)
-def own_process_settings(monkeypatch, tmp_path):
-    """What the command line sets for its process is none of the other tests' business."""
-    monkeypatch.setattr(cli, "keep_compiled_programs", lambda: None)
-    monkeypatch.setattr(cli, "configure_logging", lambda: None)
-    monkeypatch.setenv("EFFICIENT_LM_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.fixture(scope="module")
@@ -32,17 +23,11 @@ def checkpoint(tmp_path_factory):
     return model.save(tmp_path_factory.mktemp("runs") / "tiny")
 
 
-def run(capsys, *arguments):
-    status = cli.main(["evaluate", *map(str, arguments)])
-    printed = capsys.readouterr()
-    return status, printed.out, printed.err
-
-
-def test_table_and_json(checkpoint, capsys, tmp_path):
+def test_table_and_json(checkpoint, run, tmp_path):
     (tmp_path / "note.txt").write_text("the people of a union " * 10)
     output = tmp_path / "scores.json"
     keys = [f"text={tmp_path / 'note.txt'}", "stride=8", "begin=none", "limit=9", f"output={output}"]
-    status, out, err = run(capsys, f"checkpoint={checkpoint}", *keys)
+    status, out, err = run("evaluate", f"checkpoint={checkpoint}", *keys)
     assert (status, err) == (0, "")
     kept = json.loads(output.read_text())
     scores = kept["text"]
@@ -54,7 +39,7 @@ def test_table_and_json(checkpoint, capsys, tmp_path):
     assert sum(row["tokens"] for row in scores["loss_by_context"]) == scores["tokens"]
 
 
-def test_tasks_alone_and_beside_text(checkpoint, capsys, tmp_path, monkeypatch):
+def test_tasks_alone_and_beside_text(checkpoint, run, tmp_path, monkeypatch):
     from efficient_lm.evaluation import lm_eval as adapter
 
     asked = []
@@ -67,12 +52,12 @@ def test_tasks_alone_and_beside_text(checkpoint, capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(adapter, "run_tasks", run_tasks)
     output = tmp_path / "scores.json"
     keys = [f"checkpoint={checkpoint}", "tasks=mine", "fewshot=2", "limit=4", f"output={output}"]
-    status, out, err = run(capsys, *keys)
+    status, out, err = run("evaluate", *keys)
     assert (status, err) == (0, "") and json.loads(output.read_text())["text"] is None
     assert "mine  acc                 0.2500  ± 0.1250         4      2" in out and "bits per byte" not in out
     assert asked == [(("mine",), {"fewshot": 2, "limit": 4, "sequence_length": None, "batch_size": None})]
     (tmp_path / "note.txt").write_text("the people")
-    status, out, _ = run(capsys, *keys, f"text={tmp_path / 'note.txt'}")
+    status, out, _ = run("evaluate", *keys, f"text={tmp_path / 'note.txt'}")
     kept = json.loads(output.read_text())
     assert status == 0 and "bits per byte" in out and kept["text"]["windows"] == 1 and kept["tasks"]["mine"]
 
@@ -90,13 +75,13 @@ def test_tasks_alone_and_beside_text(checkpoint, capsys, tmp_path, monkeypatch):
         (["text=missing.txt"], 3, "missing.txt"),
     ],
 )
-def test_faults(checkpoint, capsys, tmp_path, monkeypatch, keys, status, said):
+def test_faults(checkpoint, run, tmp_path, monkeypatch, keys, status, said):
     monkeypatch.chdir(tmp_path)
-    found, _, err = run(capsys, f"checkpoint={checkpoint}", *keys)
+    found, _, err = run("evaluate", f"checkpoint={checkpoint}", *keys)
     assert found == status and err.startswith("error: ") and said in err and err.count("\n") == 1
 
 
-def test_without_lm_eval_the_extra_is_named(checkpoint, capsys, monkeypatch):
+def test_without_lm_eval_the_extra_is_named(checkpoint, run, monkeypatch):
     real = builtins.__import__
 
     def without(name, *arguments, **options):
@@ -106,17 +91,17 @@ def test_without_lm_eval_the_extra_is_named(checkpoint, capsys, monkeypatch):
 
     monkeypatch.delitem(sys.modules, "efficient_lm.evaluation.lm_eval", raising=False)
     monkeypatch.setattr(builtins, "__import__", without)
-    status, _, err = run(capsys, f"checkpoint={checkpoint}", "tasks=arc_easy")
+    status, _, err = run("evaluate", f"checkpoint={checkpoint}", "tasks=arc_easy")
     assert status == 2 and "lm-eval is not installed" in err and "efficient-lm[lm_eval]" in err
 
 
-def test_diagnostics_have_a_row_per_layer(checkpoint, capsys, tmp_path):
+def test_diagnostics_have_a_row_per_layer(checkpoint, run, tmp_path):
     output = tmp_path / "scores.json"
-    status, out, err = run(capsys, f"checkpoint={checkpoint}", "limit=1", "diagnostics=true", f"output={output}")
+    status, out, err = run("evaluate", f"checkpoint={checkpoint}", "limit=1", "diagnostics=true", f"output={output}")
     assert (status, err) == (0, "")
     (layer,) = json.loads(output.read_text())["diagnostics"]
     assert layer["mixer"] == "attention" and len(layer["attention_entropy"]) == 2
     mean = sum(layer["attention_entropy"]) / 2
     assert "entropy, nats" in out and out.rstrip().splitlines()[-2].split()[-2:] == ["attention", f"{mean:.3f}"]
-    status, _, err = run(capsys, f"checkpoint={checkpoint}", "text=a.txt", "diagnostics=true")
+    status, _, err = run("evaluate", f"checkpoint={checkpoint}", "text=a.txt", "diagnostics=true")
     assert status == 2 and "use data=files instead of text" in err

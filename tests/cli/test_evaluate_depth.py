@@ -8,15 +8,8 @@ import pytest
 
 import efficient_lm as elm
 from efficient_lm.api import Model
-from efficient_lm.cli import main as cli
 from efficient_lm.config import load_run_config
 from efficient_lm.training.setup import with_vocabulary
-
-
-@pytest.fixture(autouse=True)
-def _quietly(monkeypatch, tmp_path):
-    monkeypatch.setattr(cli, "keep_compiled_programs", lambda: None)
-    monkeypatch.setenv("EFFICIENT_LM_CACHE", str(tmp_path / "cache"))
 
 
 def saved(folder, *options):
@@ -27,16 +20,10 @@ def saved(folder, *options):
     return Model(config, jax.jit(config.model.build().init)(jax.random.key(0)), tokenizer).save(folder)
 
 
-def run(capsys, *arguments, verb="evaluate"):
-    status = cli.main([verb, *map(str, arguments)])
-    printed = capsys.readouterr()
-    return status, printed.out, printed.err
-
-
-def test_both_selections_and_ranks(capsys, tmp_path):
+def test_both_selections_and_ranks(run, tmp_path):
     checkpoint, output = saved(tmp_path / "tiny", "depth=mixture_of_depths"), tmp_path / "scores.json"
     keys = ["selection=both", "attention_rank=true", "limit=3", f"output={output}"]
-    status, out, err = run(capsys, f"checkpoint={checkpoint}", *keys)
+    status, out, err = run("evaluate", f"checkpoint={checkpoint}", *keys)
     assert (status, err) == (0, "")
     kept = json.loads(output.read_text())
     (row,) = kept["causal"]["layers"]
@@ -45,12 +32,12 @@ def test_both_selections_and_ranks(capsys, tmp_path):
     assert f"mean{row['depth_accuracy']:>21.4f}" in out
     ranks = kept["attention_rank"]
     assert [len(layer["ranks"]) for layer in ranks] == [2, 2] and all(1 <= layer["rank"] <= 32 for layer in ranks)
-    status, _, err = run(capsys, f"checkpoint={checkpoint}", "text=a.txt", "selection=both")
+    status, _, err = run("evaluate", f"checkpoint={checkpoint}", "text=a.txt", "selection=both")
     assert status == 2 and "use data=files instead" in err
 
 
-def test_without_a_rule_there_is_no_selection(capsys, tmp_path):
-    status, _, err = run(capsys, f"checkpoint={saved(tmp_path / 'tiny')}", "selection=causal", "limit=1")
+def test_without_a_rule_there_is_no_selection(run, tmp_path):
+    status, _, err = run("evaluate", f"checkpoint={saved(tmp_path / 'tiny')}", "selection=causal", "limit=1")
     assert status == 2 and "selection: no block of the model has a depth rule that chooses tokens" in err
 
 
@@ -60,10 +47,10 @@ def dense(tmp_path_factory):
     return saved(tmp_path_factory.mktemp("runs") / "dense", "model.repeats=4", "depth=layer_drop")
 
 
-def test_layers_of_low_rank_get_the_rule(dense, capsys, tmp_path):
+def test_layers_of_low_rank_get_the_rule(dense, run, tmp_path):
     keys = ["method=mixture_of_depths", "method.rule.capacity=[0.5,0.25]", "limit=3"]
     output = tmp_path / "routed"
-    status, out, err = run(capsys, f"checkpoint={dense}", f"output={output}", *keys, verb="upcycle")
+    status, out, err = run("upcycle", f"checkpoint={dense}", f"output={output}", *keys)
     assert (status, err) == (0, "")
     made = elm.load(output)
     chosen = [number for number, layer in enumerate(made.model.layers) if layer.depth.kind == "mixture_of_depths"]
@@ -88,18 +75,18 @@ def test_layers_of_low_rank_get_the_rule(dense, capsys, tmp_path):
         (["method.experts=4"], "method.experts: unknown key"),
     ],
 )
-def test_faults_of_the_way_leave_nothing(dense, capsys, tmp_path, options, said):
+def test_faults_of_the_way_leave_nothing(dense, run, tmp_path, options, said):
     keys = [f"checkpoint={dense}", f"output={tmp_path / 'routed'}", "method=mixture_of_depths"]
-    status, out, err = run(capsys, *keys, *options, verb="upcycle")
+    status, out, err = run("upcycle", *keys, *options)
     assert (status, out) == (2, "") and said in err and err.count("\n") <= 2 and not (tmp_path / "routed").exists()
 
 
-def test_what_ranks_cannot_choose(capsys, tmp_path):
+def test_what_ranks_cannot_choose(run, tmp_path):
     for name, options, keys, said in (
         ("recurrent", ["mixer=gla"], [], "method.layers: no layer has attention whose rank could choose"),
         ("routed", ["depth=router_skip"], ["method.layers=[0]"], "layer 0 has the depth rule 'router_skip' already"),
     ):
         checkpoint = saved(tmp_path / name, *options)
         keys = [f"checkpoint={checkpoint}", f"output={tmp_path / 'made'}", "method=mixture_of_depths", *keys]
-        status, _, err = run(capsys, *keys, verb="upcycle")
+        status, _, err = run("upcycle", *keys)
         assert status == 2 and said in err

@@ -14,13 +14,6 @@ from efficient_lm.training.loop import train
 from efficient_lm.training.setup import with_vocabulary
 
 
-@pytest.fixture(autouse=True)
-def own_process_settings(monkeypatch):
-    """What the command line sets for its process is none of the other tests' business."""
-    monkeypatch.setattr(cli, "keep_compiled_programs", lambda: None)
-    monkeypatch.setattr(cli, "configure_logging", lambda: None)
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A folder with two texts, and a run directory `dense` of a tiny model that reads bytes."""
@@ -59,19 +52,13 @@ def _second_expert_moved(path, leaf):
     return leaf.at[:, 1].add(0.1) if any(step.key == "experts" for step in path) else leaf
 
 
-def run(capsys, *arguments):
-    status = cli.main([str(argument) for argument in arguments])
-    printed = capsys.readouterr()
-    return status, printed.out, printed.err
-
-
 def logits(path):
     return np.asarray(elm.load(path).logits(np.arange(60).reshape(2, 30)))
 
 
-def test_upcycled_models_compute_what_they_did(folder, capsys):
+def test_upcycled_models_compute_what_they_did(folder, run):
     status, out, err = run(
-        capsys, "upcycle", f"checkpoint={folder / 'dense'}", f"output={folder / 'copies'}", "method.experts=4"
+        "upcycle", f"checkpoint={folder / 'dense'}", f"output={folder / 'copies'}", "method.experts=4"
     )
     assert (status, err) == (0, "") and "2 of 2 layers have experts, 4 each" in out
     want = logits(folder / "dense")
@@ -79,7 +66,7 @@ def test_upcycled_models_compute_what_they_did(folder, capsys):
     config = elm.load(folder / "copies").config
     assert config.run.dir == str(folder / "copies") and config.model.blocks["layer_moe"].ffn.router.normalize
     status, _, err = run(
-        capsys, "upcycle", f"checkpoint={folder / 'dense'}", f"output={folder / 'parts'}", "method=split",
+        "upcycle", f"checkpoint={folder / 'dense'}", f"output={folder / 'parts'}", "method=split",
         "method.experts=4", "method.layers=[1]", "method.shared=0.25", "limit=8", f"text={folder / 'law.jsonl'}",
     )  # fmt: skip
     assert (status, err) == (0, "")
@@ -87,24 +74,24 @@ def test_upcycled_models_compute_what_they_did(folder, capsys):
     assert layers[0].ffn.kind == "swiglu" and (layers[1].ffn.expert.hidden, layers[1].ffn.shared.hidden) == (3, 4)
 
 
-def test_experts_merge_and_drop(trained, capsys):
+def test_experts_merge_and_drop(trained, run):
     merged, alone = trained / "merged", trained / "alone"
-    status, out, err = run(capsys, "merge", f"checkpoints=[{trained / 'law'},{trained / 'code'}]", f"output={merged}")
+    status, out, err = run("merge", f"checkpoints=[{trained / 'law'},{trained / 'code'}]", f"output={merged}")
     assert (status, err) == (0, "") and "2 of 2 layers have experts, 3 each" in out
-    status, _, err = run(capsys, "extract", f"checkpoint={merged}", f"output={alone}", "experts=[0,2]")
+    status, _, err = run("extract", f"checkpoint={merged}", f"output={alone}", "experts=[0,2]")
     assert (status, err) == (0, "")
     want = logits(trained / "code")
     np.testing.assert_allclose(logits(alone), want, atol=1e-5 * np.abs(want).max())
     assert np.abs(want - logits(trained / "law")).max() > 1e-3
-    status, _, err = run(capsys, "extract", f"checkpoint={merged}", f"output={trained / 'two'}", "experts=2", "limit=2")
+    status, _, err = run("extract", f"checkpoint={merged}", f"output={trained / 'two'}", "experts=2", "limit=2")
     assert (status, err) == (0, "")
     assert [layer.ffn.experts for layer in elm.load(trained / "two").model.layers] == [2, 2]
 
 
-def test_routing_is_one_command(trained, capsys, tmp_path):
+def test_routing_is_one_command(trained, run, tmp_path):
     output = tmp_path / "routing.json"
     keys = ["routing=true", "limit=8", f"text=[{trained / 'law.jsonl'},{trained / 'code.jsonl'}]", f"output={output}"]
-    status, out, err = run(capsys, "evaluate", f"checkpoint={trained / 'law'}", *keys)
+    status, out, err = run("evaluate", f"checkpoint={trained / 'law'}", *keys)
     assert (status, err) == (0, "")
     found = json.loads(output.read_text())["routing"]
     assert found["rows"] == 16 and len(found["layers"]) == 2 and "token table" in out and "same since" in out
@@ -113,7 +100,7 @@ def test_routing_is_one_command(trained, capsys, tmp_path):
         assert layer["table_accuracy"] >= layer["table_chance"] - 0.1 and 0 <= layer["domain_distance"] <= 1
         assert [row["step"] for row in layer["stability"]] == [2] and layer["stability"][0]["agreement"] > 0.5
     assert found["super_experts"][0]["peak"] == max(peak for layer in found["layers"] for peak in layer["peaks"])
-    status, out, err = run(capsys, "evaluate", f"checkpoint={trained / 'dense'}", "routing=true", "limit=1")
+    status, out, err = run("evaluate", f"checkpoint={trained / 'dense'}", "routing=true", "limit=1")
     assert (status, err) == (0, "") and "no layer has experts" in out
 
 
@@ -144,7 +131,7 @@ FAULTS = [
 
 
 @pytest.mark.parametrize(("keys", "status", "said"), FAULTS, ids=[fault[2] for fault in FAULTS])
-def test_faults_leave_nothing(trained, capsys, keys, status, said):
-    found, _, err = run(capsys, *(key.format(root=trained) for key in keys))
+def test_faults_leave_nothing(trained, run, keys, status, said):
+    found, _, err = run(*(key.format(root=trained) for key in keys))
     assert found == status and err.startswith("error: ") and said in err and "Traceback" not in err
     assert not (trained / "new").exists()

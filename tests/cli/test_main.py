@@ -12,25 +12,11 @@ import pytest
 import yaml
 
 from efficient_lm.cli import help as cli_help
-from efficient_lm.cli import main as cli
 from efficient_lm.cli.help import VERBS
 from efficient_lm.errors import CheckpointError, ConfigError, DataError, DivergedError, ResourceError
 
 ROOT = Path(__file__).parents[2]
 WITH_CONFIG = ("train", "evaluate", "generate", "plan")
-
-
-@pytest.fixture(autouse=True)
-def own_process_settings(monkeypatch):
-    """What the command line sets for its process is none of the other tests' business."""
-    monkeypatch.setattr(cli, "keep_compiled_programs", lambda: None)
-    monkeypatch.setattr(cli, "configure_logging", lambda: None)
-
-
-def run(capsys, *arguments):
-    status = cli.main(arguments)
-    printed = capsys.readouterr()
-    return status, printed.out, printed.err
 
 
 def failing(monkeypatch, error):
@@ -43,26 +29,26 @@ def failing(monkeypatch, error):
     monkeypatch.setitem(sys.modules, "efficient_lm.cli.train", module)
 
 
-def test_help_lists_every_verb(capsys):
+def test_help_lists_every_verb(run):
     for arguments in ([], ["--help"], ["-h"], ["help"]):
-        status, out, err = run(capsys, *arguments)
+        status, out, err = run(*arguments)
         assert (status, err) == (0, "") and all(f"\n  {verb} " in out for verb in VERBS)
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_help_of_a_verb(verb, capsys):
-    status, out, err = run(capsys, verb, "--help")
+def test_help_of_a_verb(verb, run):
+    status, out, err = run(verb, "--help")
     assert (status, err) == (0, "")
     assert f"Usage  efficient-lm {verb} " in out and "--config-dir DIR" in out and "Examples" in out
 
 
-def test_help_shows_groups_and_choices_of_a_user(capsys, tmp_path):
+def test_help_shows_groups_and_choices_of_a_user(run, tmp_path):
     (tmp_path / "mixer").mkdir()
     (tmp_path / "mixer/mine.yaml").write_text("kind: attention\n")
-    _, out, _ = run(capsys, "train", "--help", "--config-dir", str(tmp_path))
+    _, out, _ = run("train", "--help", "--config-dir", str(tmp_path))
     assert re.search(r"mixer= +attention\*, .*mine", out)
     assert re.search(r"tokenizer= +bytes, file, none, sotu_bpe\*", out) and re.search(r"experiment= +\w", out)
-    assert re.search(r"data= +compression, files, .*sotu", run(capsys, "evaluate", "--help")[1])
+    assert re.search(r"data= +compression, files, .*sotu", run("evaluate", "--help")[1])
 
 
 def test_help_and_printing_a_config_import_no_jax():
@@ -76,17 +62,17 @@ def test_help_and_printing_a_config_import_no_jax():
     assert done.stdout.endswith("LOADED []\n"), done.stderr
 
 
-def test_cfg_prints_the_composed_config(capsys):
-    status, out, err = run(capsys, "train", "--cfg", "job", "ffn=mlp", "run.name=wide")
+def test_cfg_prints_the_composed_config(run):
+    status, out, err = run("train", "--cfg", "job", "ffn=mlp", "run.name=wide")
     config = yaml.safe_load(out)
     assert (status, err) == (0, "") and "${" not in out
     assert config["model"]["blocks"]["layer"]["ffn"]["kind"] == "mlp" and config["run"]["dir"] == "runs/wide"
 
 
-def test_options_may_stand_anywhere(capsys, tmp_path):
+def test_options_may_stand_anywhere(run, tmp_path):
     (tmp_path / "ffn").mkdir()
     (tmp_path / "ffn/mine.yaml").write_text("kind: mlp\n")
-    status, out, _ = run(capsys, "train", "ffn=mine", "--config-dir", str(tmp_path), "--cfg=job", "train.steps=3")
+    status, out, _ = run("train", "ffn=mine", "--config-dir", str(tmp_path), "--cfg=job", "train.steps=3")
     assert status == 0 and yaml.safe_load(out)["train"]["steps"] == 3
 
 
@@ -109,9 +95,9 @@ def test_options_may_stand_anywhere(capsys, tmp_path):
         (["schema", "--cfg", "job"], "schema: has no config to print"),
     ],
 )
-def test_config_faults(arguments, said, capsys, tmp_path, monkeypatch):
+def test_config_faults(arguments, said, run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    status, out, err = run(capsys, *arguments)
+    status, out, err = run(*arguments)
     assert (status, out) == (ConfigError.status, "") and status == 2
     assert err.startswith("error: ") and said in err and err.count("\n") == 1
     assert os.listdir(tmp_path) == []
@@ -127,38 +113,38 @@ def test_config_faults(arguments, said, capsys, tmp_path, monkeypatch):
         (ResourceError("x: y"), 6),
     ],
 )
-def test_exit_statuses(error, status, capsys, monkeypatch):
+def test_exit_statuses(error, status, run, monkeypatch):
     failing(monkeypatch, error)
-    assert run(capsys, "train") == (status, "", "error: x: y\n")
-    _, _, err = run(capsys, "train", "--traceback")
+    assert run("train") == (status, "", "error: x: y\n")
+    _, _, err = run("train", "--traceback")
     assert "Traceback" in err and err.endswith("error: x: y\n")
 
 
-def test_full_disks_and_full_memory_are_resources(capsys, monkeypatch):
+def test_full_disks_and_full_memory_are_resources(run, monkeypatch):
     failing(monkeypatch, OSError(errno.ENOSPC, "No space left on device", "runs/a/metrics.jsonl"))
-    status, _, err = run(capsys, "train")
+    status, _, err = run("train")
     assert status == 6 and err.startswith("error: the disk is full (runs/a/metrics.jsonl)") and err.count("\n") == 1
     wrapped = RuntimeError("saving failed")
     wrapped.__cause__ = OSError(errno.EDQUOT, "Disk quota exceeded")
     failing(monkeypatch, wrapped)
-    assert run(capsys, "train")[0] == 6
+    assert run("train")[0] == 6
     failing(monkeypatch, RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes"))
-    status, _, err = run(capsys, "train")
+    status, _, err = run("train")
     assert status == 6 and "train.batch_size" in err
 
 
-def test_interruptions_and_faults_of_ours(capsys, monkeypatch):
+def test_interruptions_and_faults_of_ours(run, monkeypatch):
     failing(monkeypatch, KeyboardInterrupt())
-    assert run(capsys, "train") == (130, "", "interrupted\n")
+    assert run("train") == (130, "", "interrupted\n")
     failing(monkeypatch, KeyError("inner"))
-    status, _, err = run(capsys, "train")
+    status, _, err = run("train")
     assert status == 1 and "Traceback" in err and "KeyError: 'inner'" in err
 
 
-def test_a_verb_may_name_its_status(capsys, monkeypatch):
+def test_a_verb_may_name_its_status(run, monkeypatch):
     module = types.SimpleNamespace(ROOT="train", SUMMARY="", HELP="", run=lambda overrides, options: 130)
     monkeypatch.setitem(sys.modules, "efficient_lm.cli.train", module)
-    assert run(capsys, "train")[0] == 130
+    assert run("train")[0] == 130
 
 
 def test_a_reader_that_stops_is_no_fault():

@@ -7,19 +7,10 @@ import jax
 import pytest
 
 from efficient_lm.api import Model
-from efficient_lm.cli import main as cli
 from efficient_lm.config import load_run_config
 from efficient_lm.errors import ConfigError
 from efficient_lm.evaluation.requests import Request, RequestScorer
 from efficient_lm.training.setup import with_vocabulary
-
-
-@pytest.fixture(autouse=True)
-def own_process_settings(monkeypatch, tmp_path):
-    """What the command line sets for its process is none of the other tests' business."""
-    monkeypatch.setattr(cli, "keep_compiled_programs", lambda: None)
-    monkeypatch.setattr(cli, "configure_logging", lambda: None)
-    monkeypatch.setenv("EFFICIENT_LM_CACHE", str(tmp_path / "cache"))
 
 
 def made(*options):
@@ -40,23 +31,17 @@ def checkpoint(model, tmp_path_factory):
     return model.save(tmp_path_factory.mktemp("runs") / "tiny")
 
 
-def run(capsys, *arguments):
-    status = cli.main([*map(str, arguments)])
-    printed = capsys.readouterr()
-    return status, printed.out, printed.err
-
-
-def test_generate_says_what_it_computed(checkpoint, capsys, caplog):
+def test_generate_says_what_it_computed(checkpoint, run, caplog):
     options = [f"checkpoint={checkpoint}", "prompt=In war", "max_new_tokens=6", "stop_at_end=false"]
     with caplog.at_level(logging.INFO):
-        assert run(capsys, "generate", *options, "skipping=uniform", "skipping.layers=2")[0] == 0
+        assert run("generate", *options, "skipping=uniform", "skipping.layers=2")[0] == 0
         skipped = [record.message for record in caplog.records if "tokens ran" in record.message]
-        assert run(capsys, "generate", *options)[0] == 0
+        assert run("generate", *options)[0] == 0
     assert skipped[0].startswith("5 tokens ran 2.00 mixers and 2.00 ffns of 4 layers on average: ")
     assert sum("tokens ran" in record.message for record in caplog.records) == 1
 
 
-def test_evaluate_scores_under_a_policy(checkpoint, capsys, tmp_path):
+def test_evaluate_scores_under_a_policy(checkpoint, run, tmp_path):
     (tmp_path / "note.txt").write_text("the people of a union " * 10)
     keys = [
         f"checkpoint={checkpoint}",
@@ -64,14 +49,14 @@ def test_evaluate_scores_under_a_policy(checkpoint, capsys, tmp_path):
         "limit=4",
         f"output={tmp_path / 'scores.json'}",
     ]
-    status, out, err = run(capsys, "evaluate", *keys, "skipping=uniform", "skipping.layers=3")
+    status, out, err = run("evaluate", *keys, "skipping=uniform", "skipping.layers=3")
     assert (status, err) == (0, "")
     kept = json.loads((tmp_path / "scores.json").read_text())
     assert kept["skipping"]["kind"] == "uniform" and kept["skipping"]["layers"] == 3
     found = kept["text"]["computed"]
     assert found["mixer_shares"] == [1, 0, 1, 1] and found["ffns_per_token"] == 3 and 0.5 < found["flops_share"] < 1
     assert "3.00 mixers and 3.00 ffns of 4 layers" in out
-    assert run(capsys, "evaluate", *keys)[0] == 0
+    assert run("evaluate", *keys)[0] == 0
     whole = json.loads((tmp_path / "scores.json").read_text())
     assert "computed" not in whole["text"] and "skipping" not in whole
     assert whole["text"]["bits_per_byte"] != kept["text"]["bits_per_byte"]
@@ -87,8 +72,8 @@ def test_evaluate_scores_under_a_policy(checkpoint, capsys, tmp_path):
         (["skipping=ponder"], "skipping.kind: 'ponder' needs probabilities to leave"),
     ],
 )  # fmt: skip
-def test_faults_name_the_key(checkpoint, capsys, options, words):
-    status, _, err = run(capsys, "generate", f"checkpoint={checkpoint}", "prompt=In", *options)
+def test_faults_name_the_key(checkpoint, run, options, words):
+    status, _, err = run("generate", f"checkpoint={checkpoint}", "prompt=In", *options)
     assert status == 2 and words in err
 
 

@@ -7,26 +7,11 @@ import pytest
 from efficient_lm.cli import main as cli
 from efficient_lm.training.reporting import read_metrics
 
-
-@pytest.fixture(autouse=True)
-def own_process_settings(monkeypatch, tmp_path):
-    """What the command line sets for its process is none of the other tests' business."""
-    monkeypatch.setattr(cli, "keep_compiled_programs", lambda: None)
-    monkeypatch.setattr(cli, "configure_logging", lambda: None)
-    monkeypatch.setenv("EFFICIENT_LM_CACHE", str(tmp_path / "cache"))
-
-
 OPTIONS = [
     "data=parity", "data.length=8", "data.answers=last", "data.validation_examples=50", "model.width=16",
     "model.repeats=1", "mixer.heads=2", "train.batch_size=4", "train.steps=8", "train.evaluate_every=2",
     "train.evaluate_rows=20", "train.log_every=1", "tracker=none",
 ]  # fmt: skip
-
-
-def command(capsys, verb, *arguments):
-    status = cli.main([verb, *map(str, arguments)])
-    printed = capsys.readouterr()
-    return status, printed.out, printed.err
 
 
 @pytest.fixture(scope="module")
@@ -50,16 +35,16 @@ def test_train_reports_answers(trained):
     assert (trained / "plots" / "loss.png").stat().st_size > 10_000
 
 
-def test_evaluate_as_in_training_and_at_other_lengths(trained, capsys, tmp_path):
+def test_evaluate_as_in_training_and_at_other_lengths(trained, run, tmp_path):
     output = tmp_path / "scores.json"
     keys = [f"checkpoint={trained}", "batch_size=16", f"output={output}"]
-    status, out, err = command(capsys, "evaluate", *keys)
+    status, out, err = run("evaluate", *keys)
     assert (status, err) == (0, "") and "word_problem: examples None" in out
     (row,) = json.loads(output.read_text())["answers"]["lengths"]
     summary = json.loads((trained / "summary.json").read_text())
     assert (row["length"], row["answers"], row["rows"]) == (8, 50, 50)
     assert row["accuracy"] == summary["val_accuracy"] and row["loss"] == pytest.approx(summary["val_loss"], rel=1e-6)
-    status, out, _ = command(capsys, "evaluate", *keys, "sequence_length=[4,8]", "data.answers=every", "limit=30")
+    status, out, _ = run("evaluate", *keys, "sequence_length=[4,8]", "data.answers=every", "limit=30")
     kept = json.loads(output.read_text())
     assert status == 0 and kept["text"] is None and kept["answers"]["data"]["answers"] == "every"
     assert [(row["length"], row["answers"], row["rows"]) for row in kept["answers"]["lengths"]] == [
@@ -68,15 +53,15 @@ def test_evaluate_as_in_training_and_at_other_lengths(trained, capsys, tmp_path)
     assert "length  accuracy  whole rows" in out
 
 
-def test_an_accuracy_that_is_reached_ends_the_run(folder, capsys):
+def test_an_accuracy_that_is_reached_ends_the_run(folder, run):
     path = folder.parent / "solved"
     keys = [*OPTIONS, f"run.dir={path}", "train.stop_at_accuracy=0.05"]
     for _ in range(2):
-        status, out, err = command(capsys, "train", *keys)
+        status, out, err = run("train", *keys)
         summary = json.loads((path / "summary.json").read_text())
         assert (status, err) == (0, "") and summary["step"] == summary["solved_at"] == 2 and "answers right" in out
     assert "evaluate checkpoint=" in out and "generate" not in out
-    status, _, _ = command(capsys, "train", *OPTIONS, f"run.dir={path}")
+    status, _, _ = run("train", *OPTIONS, f"run.dir={path}")
     assert status == 0 and json.loads((path / "summary.json").read_text())["step"] == 8
 
 
@@ -91,8 +76,8 @@ def test_an_accuracy_that_is_reached_ends_the_run(folder, capsys):
         ("generate", ["prompt=one"], 3, "came without a tokenizer and takes token ids, not text"),
     ],
 )
-def test_faults(trained, capsys, tmp_path, monkeypatch, verb, keys, status, said):
+def test_faults(trained, run, tmp_path, monkeypatch, verb, keys, status, said):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "note.txt").write_text("the people")
-    found, out, err = command(capsys, verb, f"checkpoint={trained}", *keys)
+    found, out, err = run(verb, f"checkpoint={trained}", *keys)
     assert found == status and said in err and err.count("\n") == 1 and (verb == "evaluate" or out == "")
