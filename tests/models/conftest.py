@@ -11,6 +11,15 @@ from efficient_lm.models.parameters import Blueprint, Initialization
 WIDTH, TIME = 16, 24
 
 
+def moved(built, scale=0.3):
+    @jax.jit
+    def draw(key):
+        flat, unflatten = ravel_pytree(built.init(key))
+        return unflatten(flat + scale * jax.random.normal(jax.random.fold_in(key, 1), flat.shape))
+
+    return draw(jax.random.key(0))
+
+
 class BuiltMixer:
     """A mixer with parameters that all matter, what it makes of a row, and everything in float64.
 
@@ -23,7 +32,7 @@ class BuiltMixer:
     def __init__(self, spec, layer=0, layers=1, params=None):
         assert not list(spec.faults(WIDTH))
         self.spec, self.blueprint = spec.resolved(WIDTH), Blueprint(lambda: spec.build(WIDTH, Initialization()))
-        self.raw = self._drawn() if params is None else params
+        self.raw = moved(self.blueprint) if params is None else params
         x, rows = jax.random.normal(jax.random.key(2), (1, TIME, WIDTH)), Context.rows(1, TIME)
         context = Context(rows.positions, rows.segment_ids, packed=False, layer=layer, layers=layers)
 
@@ -36,13 +45,6 @@ class BuiltMixer:
         self.y, self.log_decay = run(self.raw, x)
         self.params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), self.raw)
         self.x = np.asarray(x[0], np.float64)
-
-    def _drawn(self):
-        def draw(key):
-            flat, unflatten = ravel_pytree(self.blueprint.init(key))
-            return unflatten(flat + 0.3 * jax.random.normal(jax.random.fold_in(key, 1), flat.shape))
-
-        return jax.jit(draw)(jax.random.key(0))
 
     def linear(self, name, x):
         """`x [time, in]` through the linear map of this name."""
@@ -60,6 +62,12 @@ class BuiltMixer:
         """That the output, or what is `got`, is what was wanted to float32's precision."""
         got = self.y if got is None else got
         np.testing.assert_allclose(got, want, atol=3e-6 * np.abs(want).max(), rtol=3e-5)
+
+
+@pytest.fixture(scope="session")
+def bold():
+    """``bold(built, scale=0.3)`` → parameters of a model or a part, moved so that each of them matters."""
+    return moved
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.flatten_util import ravel_pytree
 
 from efficient_lm.errors import ConfigError
 from efficient_lm.models.context import Context
@@ -27,17 +26,6 @@ def model_of(repeats=2, **options):
     block = {"mixer": mixer}
     spec = {"width": WIDTH, "vocab_size": VOCAB, "blocks": {"layer": block}, "layout": ["layer"], "repeats": repeats}
     return ModelSpec.model_validate(spec).build()
-
-
-def bold(model):
-    """Parameters large enough that every part of the model matters to the logits."""
-
-    @jax.jit
-    def make(key):
-        flat, unflatten = ravel_pytree(model.init(key))
-        return unflatten(flat + 0.3 * jax.random.normal(jax.random.fold_in(key, 1), flat.shape))
-
-    return make(jax.random.key(0))
 
 
 def tokens(batch=2, key=7):
@@ -90,7 +78,7 @@ def test_equals_its_equations(heads, kv_heads, window):
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-def test_prefill_and_decoding_equal_the_full_pass(name):
+def test_prefill_and_decoding_equal_the_full_pass(name, bold):
     model = model_of(**OPTIONS[name])
     params, ids, rows = bold(model), tokens(), Context.rows(2, TIME)
     want = jax.jit(model.logits)(params, ids)
@@ -106,7 +94,7 @@ def test_prefill_and_decoding_equal_the_full_pass(name):
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-def test_documents_stay_apart_and_the_future_is_not_seen(name):
+def test_documents_stay_apart_and_the_future_is_not_seen(name, bold):
     model = model_of(**OPTIONS[name])
     params, ids = bold(model), tokens(1)
     logits = jax.jit(model.logits)
@@ -121,13 +109,13 @@ def test_documents_stay_apart_and_the_future_is_not_seen(name):
     assert np.abs(before[12:] - after[12:]).max() > 0.1
 
 
-def test_every_parameter_takes_part():
+def test_every_parameter_takes_part(bold):
     model = model_of(sink_logit=True, bias=True, output_bias=True, head_norm={"kind": "layernorm"})
     gradients = jax.jit(jax.grad(lambda params, ids: model.logits(params, ids).std()))(bold(model), tokens())
     assert all(float(jnp.abs(leaf).max()) > 0 for leaf in jax.tree.leaves(gradients))
 
 
-def test_bfloat16_tracks_float32():
+def test_bfloat16_tracks_float32(bold):
     model = model_of()
     params, ids = bold(model), tokens()
     wide, narrow = (
@@ -142,7 +130,7 @@ def gradient_program(repeats):
     return str(jax.make_jaxpr(jax.grad(lambda p: model.logits(p, tokens()).sum()))(params)).count("\n")
 
 
-def test_lambda_starts_by_depth_in_a_program_that_does_not_grow():
+def test_lambda_starts_by_depth_in_a_program_that_does_not_grow(bold):
     params = bold(model_of())
     given = model_of(lambda_init=[0.2, 0.8 - 0.6 * math.exp(-0.3)])
     layers = [jax.tree.map(lambda leaf, i=i: leaf[i : i + 1], params["stack"]["segment_0"]) for i in (0, 1)]

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.flatten_util import ravel_pytree
 
 from efficient_lm.errors import ConfigError
 from efficient_lm.models.context import Context
@@ -32,15 +31,6 @@ def spec(block=None, **options):
     return ModelSpec.model_validate({**base, **options})
 
 
-def bold(model):
-    @jax.jit
-    def make(key):
-        flat, unflatten = ravel_pytree(model.init(key))
-        return unflatten(flat + 0.3 * jax.random.normal(jax.random.fold_in(key, 1), flat.shape))
-
-    return make(jax.random.key(0))
-
-
 def trained(model, params, key=None, **options):
     """Sums of a training batch and the gradient of the loss."""
 
@@ -62,7 +52,7 @@ def test_weights_are_layerskips():
     np.testing.assert_allclose(WeightedExitLossSpec(weights="constant", scale=0.5).shares((2,), 4), [1 / 3, 2 / 3])
 
 
-def test_an_exit_is_the_head_of_a_shallower_model():
+def test_an_exit_is_the_head_of_a_shallower_model(bold):
     model = spec(exits={"layers": [1, 3], "loss": {"kind": "weighted", "scale": 0.5}}).build()
     params = bold(model)
     sums, gradient = trained(model, params, z_loss=1e-3)
@@ -79,7 +69,7 @@ def test_an_exit_is_the_head_of_a_shallower_model():
     assert float(sums.loss) == pytest.approx(want, rel=1e-5)
 
 
-def test_pondering_is_its_equations():
+def test_pondering_is_its_equations(bold):
     model = spec(
         exits={"layers": [1, 2], "norm": "own", "loss": {"kind": "ponder", "prior": 0.3, "penalty": 0.5}}
     ).build()
@@ -104,7 +94,7 @@ def test_pondering_is_its_equations():
     np.testing.assert_allclose(PonderLossSpec(prior=0.3).distribution(2), prior / prior.sum())
 
 
-def test_an_accelerated_stream_runs_ahead():
+def test_an_accelerated_stream_runs_ahead(bold):
     stream = {"rank": 3, "rate": 2.0, "alignment": 0.7}
     model = spec(exits={"layers": [1, 3], "stream": stream}).build()
     params = bold(model)
@@ -182,7 +172,7 @@ def test_rows_pass_by_deep_layers_in_training_alone():
         assert shares(layer, jax.random.key(1)) == pytest.approx(0.8 * (2 ** (layer / 4) - 1), abs=0.025)
 
 
-def test_a_model_trains_with_dropped_layers_and_evaluates_whole():
+def test_a_model_trains_with_dropped_layers_and_evaluates_whole(bold):
     plain, model = spec().build(), spec({"depth": {"kind": "layer_drop", "rate": 0.9}}).build()
     params = bold(plain)
     whole = jax.jit(lambda params: CausalLMSpec().sums(plain, params, BATCH, jnp.float32, False).loss)(params)

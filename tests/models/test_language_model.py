@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
-from jax.flatten_util import ravel_pytree
 
 from efficient_lm.errors import ConfigError
 from efficient_lm.models.context import Context
@@ -22,17 +21,6 @@ def spec(mixer=None, ffn=None, **options):
     block = {"mixer": mixer, "ffn": ffn or {"kind": "swiglu"}, **options.pop("block", {})}
     base = {"width": 32, "vocab_size": VOCAB, "blocks": {"layer": block}, "layout": ["layer"], "repeats": 2}
     return ModelSpec.model_validate({**base, **options})
-
-
-def bold(model, key=0):
-    """Parameters large enough that every part of the model matters to the logits."""
-
-    @jax.jit
-    def make(key):
-        flat, unflatten = ravel_pytree(model.init(key))
-        return unflatten(flat + 0.3 * jax.random.normal(jax.random.fold_in(key, 1), flat.shape))
-
-    return make(jax.random.key(key))
 
 
 def logits_of(model, params, ids, *args, **options):
@@ -69,7 +57,7 @@ def model_for(encoding, reach):
 
 
 @pytest.mark.parametrize(("encoding", "reach"), CASES)
-def test_prefill_and_decoding_equal_the_full_pass(encoding, reach):
+def test_prefill_and_decoding_equal_the_full_pass(encoding, reach, bold):
     model = model_for(encoding, reach)
     params, ids, rows = bold(model), tokens(), Context.rows(2, TIME)
     want = logits_of(model, params, ids)
@@ -87,7 +75,7 @@ def test_prefill_and_decoding_equal_the_full_pass(encoding, reach):
 
 
 @pytest.mark.parametrize(("encoding", "reach"), CASES)
-def test_a_packed_document_is_as_if_alone(encoding, reach):
+def test_a_packed_document_is_as_if_alone(encoding, reach, bold):
     model = model_for(encoding, reach)
     params, ids = bold(model), tokens(1)
     lengths = [1, 10, 9]
@@ -102,7 +90,7 @@ def test_a_packed_document_is_as_if_alone(encoding, reach):
 
 
 @pytest.mark.parametrize("reach", REACH)
-def test_the_future_changes_nothing_before(reach):
+def test_the_future_changes_nothing_before(reach, bold):
     model = model_for("rotary", reach)
     params, ids = bold(model), tokens()
     changed = ids.at[:, 15:].set((ids[:, 15:] + 1) % VOCAB)
@@ -111,7 +99,7 @@ def test_the_future_changes_nothing_before(reach):
     assert np.abs(before[:, 15:] - after[:, 15:]).max() > 0.1
 
 
-def test_a_window_forgets_and_kept_tokens_do_not():
+def test_a_window_forgets_and_kept_tokens_do_not(bold):
     reached = {}
     for name in ("window", "window_and_kept"):
         model = spec(REACH[name], repeats=1).build()
@@ -130,7 +118,7 @@ def loss_and_gradient(model, params, ids):
 
 
 @pytest.mark.parametrize("changed", [{"scan": False}, {"remat": "full"}, {"remat": "dots"}, {"remat": "names"}])
-def test_scan_and_rematerialisation_change_nothing(changed):
+def test_scan_and_rematerialisation_change_nothing(changed, bold):
     plain, other = (spec(repeats=3, **{"remat": "none"} | options).build() for options in ({}, changed))
     params, ids = bold(plain), tokens()
     want_loss, want = loss_and_gradient(plain, params, ids)
@@ -199,7 +187,7 @@ RESIDUALS = [{}, {"residual": "parallel"}, {"residual": "parallel", "shared_norm
 
 @pytest.mark.parametrize("residual", RESIDUALS)
 @pytest.mark.parametrize("place", NORM_PLACES)
-def test_every_residual_form(place, residual):
+def test_every_residual_form(place, residual, bold):
     block = {**place, **residual}
     if residual.get("shared_norm") and place["norm_position"] in ("post", "output"):
         with pytest.raises(ConfigError, match="shared_norm"):
@@ -215,7 +203,7 @@ def test_every_residual_form(place, residual):
     assert norms == wanted - bool(residual.get("shared_norm"))
 
 
-def test_bfloat16_tracks_float32():
+def test_bfloat16_tracks_float32(bold):
     model = spec().build()
     params, ids = bold(model), tokens()
     wide = logits_of(model, params, ids)
@@ -289,7 +277,7 @@ def test_a_table_of_positions_bounds_the_length():
         model.check_length(17, "train.sequence_length")
 
 
-def test_left_padding_changes_nothing():
+def test_left_padding_changes_nothing(bold):
     model = spec({"window": 5, "kept_tokens": 2}).build()
     params, ids = bold(model), tokens(1, 10)
     rows = Context.rows(1, 10)

@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.flatten_util import ravel_pytree
 
 from efficient_lm.models.context import Context
 from efficient_lm.models.mixers.mamba import MambaSpec
@@ -22,17 +21,6 @@ ACTIVATIONS = {"silu": lambda x: x / (1 + np.exp(-x)), "gelu": lambda x: np.asar
 def blueprint_of(**options):
     spec = MambaSpec.model_validate({"state_size": 5, "rank": 3, **options})
     return spec, Blueprint(lambda: spec.build(WIDTH, Initialization()))
-
-
-def bold(blueprint):
-    """Parameters moved so that each of them matters."""
-
-    @jax.jit
-    def make(key):
-        flat, unflatten = ravel_pytree(blueprint.init(key))
-        return unflatten(flat + 0.2 * jax.random.normal(jax.random.fold_in(key, 1), flat.shape))
-
-    return make(jax.random.key(0))
 
 
 def run(blueprint, params, x):
@@ -70,9 +58,9 @@ def by_the_equations(x, p, spec):
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-def test_equals_its_equations(name):
+def test_equals_its_equations(name, bold):
     spec, blueprint = blueprint_of(**OPTIONS[name])
-    params, x = bold(blueprint), jax.random.normal(jax.random.key(2), (2, TIME, WIDTH))
+    params, x = bold(blueprint, 0.2), jax.random.normal(jax.random.key(2), (2, TIME, WIDTH))
     got = run(blueprint, params, x)
     wide = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
     for row, y in zip(np.asarray(x, np.float64), got, strict=True):
@@ -97,10 +85,10 @@ def test_recurrence_constants_are_not_decayed():
     assert declared["dt_up"].decay and declared["dt_up"].matrix == ((0,), (1,))
 
 
-def test_without_selection_it_is_one_convolution():
+def test_without_selection_it_is_one_convolution(bold):
     """Linear and time-invariant behind its input map: what an input does does not depend on the others."""
     spec, blueprint = blueprint_of(selective=False, activation="identity")
-    params = bold(blueprint)
+    params = bold(blueprint, 0.2)
     params["input_gate"]["weight"] = params["input_gate"]["weight"].at[:, 1].set(0.0)
     params["convolution"]["bias"] = jnp.zeros_like(params["convolution"]["bias"])
     free = blueprint_of(selective=False, activation="identity", bias=True)[1]
@@ -112,9 +100,9 @@ def test_without_selection_it_is_one_convolution():
     np.testing.assert_allclose(later[5:], first[:-5], atol=1e-5 * np.abs(first).max())
 
 
-def test_log_decay_is_that_of_the_recurrence():
+def test_log_decay_is_that_of_the_recurrence(bold):
     spec, blueprint = blueprint_of()
-    params, x = bold(blueprint), jax.random.normal(jax.random.key(2), (1, TIME, WIDTH))
+    params, x = bold(blueprint, 0.2), jax.random.normal(jax.random.key(2), (1, TIME, WIDTH))
     decay = jax.jit(lambda params, x: blueprint(params).log_decay(x, Context.rows(1, TIME)))(params, x)
     assert decay.shape == (1, TIME, 48, 5) and decay.dtype == jnp.float32
     assert float(decay.max()) < 0

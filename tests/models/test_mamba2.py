@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.flatten_util import ravel_pytree
 
 from efficient_lm.errors import ConfigError
 from efficient_lm.models.context import Context
@@ -26,17 +25,6 @@ def blueprint_of(**options):
     spec = Mamba2Spec.model_validate({"state_size": 5, **options})
     assert not list(spec.faults(WIDTH))
     return spec, Blueprint(lambda: spec.build(WIDTH, Initialization()))
-
-
-def bold(blueprint):
-    """Parameters moved so that each of them matters."""
-
-    @jax.jit
-    def make(key):
-        flat, unflatten = ravel_pytree(blueprint.init(key))
-        return unflatten(flat + 0.2 * jax.random.normal(jax.random.fold_in(key, 1), flat.shape))
-
-    return make(jax.random.key(0))
 
 
 def mapped(x, p):
@@ -80,9 +68,9 @@ def by_the_equations(x, p, spec):
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-def test_equals_its_equations(name):
+def test_equals_its_equations(name, bold):
     spec, blueprint = blueprint_of(**OPTIONS[name])
-    params, x = bold(blueprint), jax.random.normal(jax.random.key(2), (2, TIME, WIDTH))
+    params, x = bold(blueprint, 0.2), jax.random.normal(jax.random.key(2), (2, TIME, WIDTH))
     got = jax.jit(lambda params, x: blueprint(params)(x, Context.rows(2, TIME))[0])(params, x)
     wide = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
     for row, y in zip(np.asarray(x, np.float64), got, strict=True):
@@ -105,9 +93,9 @@ def test_recurrence_constants_are_not_decayed():
     assert not any(declared[name].decay for name in ("A_log", "D", "dt_bias"))
 
 
-def test_log_decay_is_negative_and_per_head():
+def test_log_decay_is_negative_and_per_head(bold):
     spec, blueprint = blueprint_of(heads=4, dt_limit=[0.02, 0.5])
-    params, x = bold(blueprint), 30 * jax.random.normal(jax.random.key(2), (1, TIME, WIDTH))
+    params, x = bold(blueprint, 0.2), 30 * jax.random.normal(jax.random.key(2), (1, TIME, WIDTH))
     decay = blueprint(params).log_decay(x, Context.rows(1, TIME))
     assert decay.shape == (1, TIME, 4) and decay.dtype == jnp.float32
     steps = np.asarray(decay / -jnp.exp(params["A_log"]))

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.flatten_util import ravel_pytree
 
 import efficient_lm.models.skipping  # noqa: F401  (every kind of the folder registers itself)
 from efficient_lm.errors import ConfigError
@@ -33,15 +32,6 @@ def spec(blocks=None, layout=("attend", "recur"), repeats=2, **options):
     return ModelSpec.model_validate({**base, **options})
 
 
-def bold(model):
-    @jax.jit
-    def make(key):
-        flat, unflatten = ravel_pytree(model.init(key))
-        return unflatten(flat + 0.3 * jax.random.normal(jax.random.fold_in(key, 1), flat.shape))
-
-    return make(jax.random.key(0))
-
-
 def policy(kind, **options):
     return SkippingSpec.lookup(kind).model_validate(options)
 
@@ -52,7 +42,7 @@ def model():
 
 
 @pytest.fixture(scope="module")
-def params(model):
+def params(model, bold):
     return bold(model)
 
 
@@ -121,7 +111,7 @@ RESIDUALS = [{"residual": "parallel", "norm_position": "post"}, {"norm_position"
 
 
 @pytest.mark.parametrize("options", RESIDUALS)
-def test_skipped_layers_are_as_if_removed(options):
+def test_skipped_layers_are_as_if_removed(options, bold):
     block = ATTEND | options
     deep, shallow = (spec({"layer": block}, ["layer"], repeats).build() for repeats in (5, 3))
     params = bold(deep)
@@ -151,7 +141,7 @@ def test_layers_fall_with_the_position(model, params):
     assert ran[0, :, 0, 5].tolist() == [True, False, True, True]
 
 
-def test_ffns_are_skipped_behind_one_that_changes_little():
+def test_ffns_are_skipped_behind_one_that_changes_little(bold):
     model = spec({"layer": ATTEND}, ["layer"], 6).build()
     params = bold(model)
     skipping = policy("ffn_skip", threshold=0.9, skip=2, first=1, last=1, warmup_tokens=3)
@@ -200,7 +190,7 @@ def test_a_token_leaves_at_the_first_exit_that_is_sure(model, params, plain):
     assert np.array_equal(ran[0, 1], ran[0, 2]) and not np.any(ran[0, 3] & ~ran[0, 2])
 
 
-def test_exits_of_a_model_without_any_read_the_final_norm():
+def test_exits_of_a_model_without_any_read_the_final_norm(bold):
     model = spec().build()
     params = bold(model)
     hidden, _, ran = passes(model, policy("confidence", threshold=0.0, layers=[2]))(params, IDS, ROWS, None)
@@ -220,7 +210,7 @@ def test_a_prompt_may_be_read_whole(model, params, plain):
     np.testing.assert_allclose(hidden, plain, atol=1e-5 * float(jnp.abs(plain).max()))
 
 
-def test_what_no_row_runs_is_not_computed(monkeypatch):
+def test_what_no_row_runs_is_not_computed(monkeypatch, bold):
     """Each half says when it is computed; in decoding, those that the policy skips do not."""
     computed_halves = []
     original = blocks.Half.__call__

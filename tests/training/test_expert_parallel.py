@@ -1,10 +1,5 @@
 """Experts divided over devices: the same losses as on one, no token dropped, and degrees that cannot be are refused."""
 
-import os
-import subprocess
-import sys
-import textwrap
-
 import jax
 import pytest
 
@@ -61,12 +56,8 @@ EIGHT_DEVICES = """
 """
 
 
-def test_divided_experts_compute_the_same():
-    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
-    code = textwrap.dedent(EIGHT_DEVICES)
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
-    assert done.stdout.strip() == "equal", done.stderr[-2000:]
+def test_divided_experts_compute_the_same(on_devices):
+    on_devices(8, EIGHT_DEVICES)
 
 
 @pytest.mark.parametrize(

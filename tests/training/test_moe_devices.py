@@ -1,10 +1,5 @@
 """Tokens of a mixture of experts divided over devices: each routes its own, to the same step."""
 
-import os
-import subprocess
-import sys
-import textwrap
-
 EIGHT_DEVICES = """
     import jax, jax.numpy as jnp, numpy as np
     from efficient_lm.models.context import Context
@@ -41,9 +36,5 @@ EIGHT_DEVICES = """
 """
 
 
-def test_every_device_routes_its_own_tokens():
-    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
-    code = textwrap.dedent(EIGHT_DEVICES)
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
-    assert done.stdout.strip() == "equal", done.stderr[-2000:]
+def test_every_device_routes_its_own_tokens(on_devices):
+    on_devices(8, EIGHT_DEVICES)
