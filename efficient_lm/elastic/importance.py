@@ -6,6 +6,7 @@ better model than those that happened to be first (Minitron, Muralidharan et al.
 
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import reduce
 from typing import Any, Literal, get_args
 
 import jax
@@ -225,27 +226,26 @@ def _look_at_readers(
     groups = [group for group in groups_of(spec.resolved(width)) if group.reader]
     modules = [path for path, node in nnx.iter_graph(block) if isinstance(node, nnx.Module)]
     paths = [path for path in modules if path and any(_reads(group, path) for group in groups)]
-    y, calls = run_listening(block, paths, x, context)
-    real = context.segment_ids > 0
+    # A depth rule gives a half other tokens than the block is given; what they are, the half is told.
+    halves = {path[0]: (path[0], "inner") for path in paths}
+    y, calls = run_listening(block, [*paths, *halves.values()], x, context)
+    told = {name: given[0][1] for name, given in zip(halves, calls[len(paths) :], strict=True)}
     found = {}
-    for path, given in zip(paths, calls, strict=True):
-        module = block
-        for name in path:
-            module = getattr(module, name)
+    for path, given in zip(paths, calls, strict=False):
+        module, real = reduce(getattr, path, block), told[path[0]].segment_ids > 0
         found[".".join(path)] = sum(_squares(module, real, *call) for call in given)
     return y, found
 
 
 def _squares(module: Linear, real: jax.Array, x: jax.Array, groups: Groups | None = None) -> jax.Array:
-    """Padding does not count where rows are the batch's own; a depth rule or a router has left it out before."""
+    """Padding does not count: a router has left it out, and elsewhere `real [batch, time]` says what is none."""
     squares = jnp.square(x.astype(jnp.float32))
     lead = squares.shape[: squares.ndim - len(module.input_shape)]
     if groups is not None:
         count = module.weight.shape[0]
         numbers = groups.spread(jnp.arange(1, count + 1), lead[0])
         return jax.ops.segment_sum(squares, numbers, count + 1)[1:]
-    if lead == real.shape:
-        squares = squares * real.reshape(*lead, *[1] * len(module.input_shape))
+    squares = squares * real.reshape(*lead, *[1] * len(module.input_shape))
     return jnp.sum(squares, axis=tuple(range(len(lead))))
 
 

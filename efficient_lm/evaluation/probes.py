@@ -1,6 +1,7 @@
 """What parts of a block are given, and what a channel mixer says of it, caught while the block runs."""
 
 from collections.abc import Sequence
+from functools import reduce
 from typing import Any, NamedTuple
 
 import jax
@@ -54,9 +55,7 @@ def _run(
 ) -> tuple[jax.Array, Auxiliary, list[list[tuple[Any, Any]]]]:
     places: list[tuple[nnx.Module, str, _Probe]] = []
     for path in paths:
-        parent = block
-        for name in path[:-1]:
-            parent = getattr(parent, name)
+        parent = reduce(getattr, path[:-1], block)
         places.append((parent, path[-1], _Probe(getattr(parent, path[-1]))))
     for parent, name, probe in places:
         setattr(parent, name, probe)

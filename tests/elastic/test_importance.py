@@ -10,6 +10,8 @@ from efficient_lm.elastic.importance import layer_worth, measure_of, most_import
 from efficient_lm.elastic.submodels import submodel_parameters, submodel_spec
 from efficient_lm.elastic.units import ordered, unit_groups
 from efficient_lm.errors import ConfigError
+from efficient_lm.models.context import Context
+from efficient_lm.models.depth.selected import highest
 from efficient_lm.models.language_model import ModelSpec
 from efficient_lm.models.layered import layer_parameters
 from efficient_lm.models.mixers.base import MixerSpec
@@ -45,11 +47,13 @@ TOGETHER = [
 ]
 
 
-def model_of(*kinds, ffn=None, repeats=2, elastic=None):
+def model_of(*kinds, ffn=None, repeats=2, elastic=None, depth=None):
     """Layers of these kinds one after the other, two of each unless there are many."""
     ffn = ffn or {"kind": "swiglu", "hidden": 32}
     kinds = kinds or ("attention",)
-    blocks = {kind: {"mixer": {"kind": kind, **SIZES.get(kind, {"heads": 4})}, "ffn": ffn} for kind in kinds}
+    blocks = {
+        kind: {"mixer": {"kind": kind, **SIZES.get(kind, {"heads": 4})}, "ffn": ffn, "depth": depth} for kind in kinds
+    }
     repeats = 1 if len(kinds) > 2 else repeats
     values = {"width": WIDTH, "vocab_size": 32, "blocks": blocks, "layout": list(kinds), "repeats": repeats}
     return validate(ModelSpec, values | {"elastic": elastic, "init_std": 0.2}).build()
@@ -144,6 +148,38 @@ def test_activation_is_what_the_output_map_reads():
     batch["tokens"] = np.where(batch["segment_ids"] > 0, batch["tokens"], 1)
     again = unit_worth(model, params, batch, {"heads"}, "activation")
     np.testing.assert_allclose(scores(again, "heads"), scores(worth, "heads"), rtol=1e-5)
+
+
+@pytest.mark.parametrize("selection", ["top_k", "causal"])
+def test_activation_is_of_the_tokens_that_run_a_layer(selection):
+    """With mixture of depths; what the others hold, and padding, are of no concern."""
+    depth = {"kind": "mixture_of_depths", "capacity": 0.5, "selection": selection, "decide": "router"}
+    model = model_of(repeats=1, depth=depth)
+    params, batch = fresh(model), batch_of()
+    batch["segment_ids"] = np.where(np.arange(TIME) < TIME - 4, batch["segment_ids"], 0)
+    worth = unit_worth(model, params, batch, {"ffn", "heads"}, "activation")
+    # The router of the one layer reads what the tokens are, and so is what it decides for each known without the rule.
+    plain = model_of(repeats=1)
+    layer = params["stack"]["segment_0"]["layer_0"]
+    inside = params | {"stack": {"segment_0": {"layer_0": {name: layer[name] for name in ("mixer", "ffn")}}}}
+    x = model.entered(params, batch["tokens"], Context.rows(2, TIME))[0]
+    rule = layer["depth"]
+    normed = x / jnp.sqrt(jnp.mean(x**2, axis=-1, keepdims=True) + 1e-6) * rule["norm"]["scale"][0]
+    decided = normed @ rule["router"]["weight"][0] + rule["router"]["bias"][0]
+    real = batch["segment_ids"] > 0
+    runs = highest(decided, TIME // 2, real).mask(TIME) if selection == "top_k" else real & (decided > 0)
+    alone = batch | {"segment_ids": np.asarray(runs, np.int32)}
+    expected = unit_worth(plain, inside, alone, {"ffn", "heads"}, "activation")
+    assert 2 < int(runs.sum()) < int(real.sum())
+    for found, wanted in zip(worth[0].values(), expected[0].values(), strict=True):
+        np.testing.assert_allclose(found / found.sum(), wanted / wanted.sum(), rtol=1e-4)
+    # What is cut is still a model with the rule.
+    kept, parts = most_important(model, params, {"ffn": 0.5, "heads": 0.5}, None, lambda: batch)
+    small = submodel_spec(model, choose(model, parts)).build()
+    mine = submodel_parameters(model, small, kept, (0,))
+    logits, whole = small.logits(mine, TOKENS), model.logits(ordered(model, params, worth), TOKENS)
+    assert small.layers[0].depth == model.layers[0].depth and bool(jnp.isfinite(logits).all())
+    np.testing.assert_allclose(model.logits(params, TOKENS), whole, atol=1e-5 * float(jnp.abs(whole).max()))
 
 
 def test_weight_and_gradient():
