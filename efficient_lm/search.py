@@ -1,6 +1,6 @@
 """The Python interface to budgets of submodels, and to searches for the best that meet one."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,8 +9,11 @@ import numpy as np
 from rich.console import Console
 
 from efficient_lm.api import Model
+from efficient_lm.data.packing import Batch
 from efficient_lm.elastic.budget import BudgetSpec, Meter, check_possible, fits
-from efficient_lm.elastic.nested import nested_models
+from efficient_lm.elastic.choices import granularities
+from efficient_lm.elastic.importance import Order, most_important
+from efficient_lm.elastic.nested import nested_models, with_granularities
 from efficient_lm.elastic.search.base import SearchSpec, Space
 from efficient_lm.elastic.search.mix_n_match import mixes
 from efficient_lm.elastic.search.report import Row, frontier, write_report
@@ -18,6 +21,8 @@ from efficient_lm.elastic.search.scoring import Scorer
 from efficient_lm.errors import ConfigError
 from efficient_lm.experts import ROWS, rows_of
 from efficient_lm.interop.hugging_face import SEARCH
+from efficient_lm.models.elastic import MATFORMER, ElasticSpec
+from efficient_lm.models.language_model import LanguageModel
 from efficient_lm.spec import OneOf, Spec
 from efficient_lm.validation import validate
 
@@ -26,18 +31,28 @@ class _Search(Spec):
     search: OneOf[SearchSpec]
 
 
-def within(model: Model, budget: BudgetSpec | Mapping[str, Any]) -> Model:
+def within(
+    model: Model,
+    budget: BudgetSpec | Mapping[str, Any],
+    elastic: ElasticSpec | Mapping[str, Any] | None = None,
+    order: Order | None = None,
+    text: str | Sequence[str] | None = None,
+    sequence_length: int | None = None,
+    rows: int = ROWS,
+) -> Model:
     """The submodel that is best by its size: the one with most parameters that meets a budget, of those that
     Mix'n'Match makes and those of one granularity.
 
     Args:
         budget: ``{"params": 12e6}`` (see `BudgetSpec`).
+        elastic, order: of a model that was not trained to be smaller, as of `search`.
+        text, sequence_length, rows: what the worth of units is measured on, as of `search`.
 
     Raises:
         ConfigError: the model has none inside, or none that meets the budget.
     """
-    budget = _budget(budget)
-    meter, whole = _meter(model, budget, None), model.model
+    budget, whole = _budget(budget), _whole(model, elastic, order)
+    meter = _meter(model, budget, None)
     candidates: list[tuple[dict[str, float], dict[str, Any]]] = []
     if whole.spec.elastic is None or not set(whole.spec.elastic.axes) <= {"layers", "width"}:
         space = Space.of(whole, meter)
@@ -48,7 +63,8 @@ def within(model: Model, budget: BudgetSpec | Mapping[str, Any]) -> Model:
     fitting = [(costs, parts) for costs, parts in candidates if fits(costs, budget.limits)]
     if not fitting:
         raise _none_fits(budget)
-    return model.submodel(max(fitting, key=lambda found: found[0]["params"])[1])
+    parts = max(fitting, key=lambda found: found[0]["params"])[1]
+    return _in_order(model, whole, order, lambda: rows_of(model, text, sequence_length, rows)).submodel(parts)
 
 
 @dataclass(frozen=True)
@@ -61,6 +77,7 @@ class Searched:
         cost: what the frontier is against.
         chosen: the best that meets the budget; None without one.
         folder: where the report is.
+        whole: the model whose parts these are, its units in the order in which they are kept.
     """
 
     rows: list[Row]
@@ -68,6 +85,12 @@ class Searched:
     cost: str
     chosen: Row | None
     folder: Path
+    whole: Model
+
+    @property
+    def model(self) -> Model | None:
+        """The submodel that is chosen."""
+        return self.chosen and self.whole.submodel(self.chosen.parts)
 
     def __str__(self) -> str:
         best = sum(row.best for row in self.rows)
@@ -85,6 +108,8 @@ def search(
     text: str | Sequence[str] | None = None,
     sequence_length: int | None = None,
     rows: int = ROWS,
+    elastic: ElasticSpec | Mapping[str, Any] | None = None,
+    order: Order | None = None,
     **options: Any,
 ) -> Searched:
     """Look for good submodels, and write what was found to the folder ``search`` of `output`.
@@ -98,6 +123,10 @@ def search(
         text: calibration files; None takes the validation part of what the model was trained on.
         sequence_length: tokens of a row of these; None takes that of training.
         rows: at most so many.
+        elastic: granularities to choose among along axes that the model is not trained to be smaller along, ``{"ffn":
+            [0.25, 0.5, 1]}``; None: those it is trained for, or with an `order` MatFormer's.
+        order: what makes units of these axes worth keeping (see `efficient_lm.elastic.importance.Order`); None: how
+            active they are.
 
     Raises:
         ConfigError: the model has no parts to choose from, or no submodel meets the budget.
@@ -108,10 +137,11 @@ def search(
     budget = None if budget is None else _budget(budget)
     limits = {} if budget is None else budget.limits
     cost = method.cost or next(iter(limits), "params")
-    meter = _meter(model, budget, cost)
-    space = Space.of(model.model, meter)
+    definition = _whole(model, elastic, order)
+    space = Space.of(definition, _meter(model, budget, cost))
     check_possible(limits, space.costs.smallest)
     batch = rows_of(model, text, sequence_length, rows)
+    whole = _in_order(model, definition, order, lambda: batch)
     folder = Path(output) / SEARCH
     folder.mkdir(parents=True, exist_ok=True)
     with Console(stderr=True).status("") as status:
@@ -119,7 +149,7 @@ def search(
         def begun(number: int) -> None:
             status.update(f"scoring submodel {number}")
 
-        scorer = Scorer(space, model.params, batch, method.fitness, folder, model.dtype, begun)
+        scorer = Scorer(space, whole.params, batch, method.fitness, folder, model.dtype, begun)
         try:
             for level in range(len(space.nested)):
                 scorer((level,) * space.layers)
@@ -132,7 +162,39 @@ def search(
         raise _none_fits(budget) if budget else ConfigError("search: no submodel has a finite score")
     chosen = min(fitting, key=lambda row: row.score) if budget else None
     write_report(folder, found, method.fitness, cost, chosen, limits)
-    return Searched(found, method.fitness, cost, chosen, folder)
+    return Searched(found, method.fitness, cost, chosen, folder, whole)
+
+
+def _whole(model: Model, elastic: ElasticSpec | Mapping[str, Any] | None, order: Order | None) -> LanguageModel:
+    """A model's definition, with the granularities that parts are chosen among."""
+    trained = granularities(model.model)
+    if elastic is None and order is None and not trained:
+        raise ConfigError(
+            "elastic: the model was not trained to have smaller ones inside: say among which parts to choose, "
+            "elastic.ffn=[0.25,0.5,0.75,1]; or only what is worth keeping, order=activation, for MatFormer's"
+        )
+    if elastic is None and trained:
+        if order is not None:
+            raise ConfigError(
+                f"order: the model is trained so that the first of {', '.join(trained)} are the ones to keep; leave it "
+                "out, or give granularities of other axes, elastic.heads=[0.5,1]"
+            )
+        return model.model
+    if not isinstance(elastic, ElasticSpec):
+        elastic = MATFORMER if elastic is None else validate(ElasticSpec, elastic, "elastic")
+    for axis in ("layers", "width"):
+        if axis in elastic.axes:
+            raise ConfigError(f"elastic.{axis}: what is chosen are parts of layers; cut by itself, {axis}=0.5")
+    return with_granularities(model.model, elastic)
+
+
+def _in_order(model: Model, whole: LanguageModel, order: Order | None, rows: Callable[[], Batch]) -> Model:
+    """The model, units of the axes that it is not trained along in the order in which they are kept."""
+    least = {axis: grid[0] for axis, grid in granularities(whole).items() if axis not in granularities(model.model)}
+    if not least:
+        return model
+    params, _ = most_important(model.model, model.params, least, order, rows, model.dtype)
+    return Model(model.config, params, model.tokenizer, model.step, model.origin)
 
 
 def _budget(budget: BudgetSpec | Mapping[str, Any]) -> BudgetSpec:

@@ -28,6 +28,8 @@ Main keys
                      submodel that has no more of it
   search=            how it is looked for: mix_n_match, dynamic_programming, evolution; by default the largest is taken.
                      Without a budget a table of the best of each size is all that is made
+  elastic.ffn= elastic.heads= ...   of a model that was not trained for any: [0.25,0.5,1], parts to choose among, its
+                     units put in order as order= says; MatFormer's of ffn where only order= is given
   text= limit=       files, and rows of these, on which is measured; by default the run's validation data
 
 Examples
@@ -37,6 +39,7 @@ Examples
   efficient-lm extract checkpoint=runs/both output=runs/without_code experts=[0,1]
   efficient-lm extract checkpoint=runs/moe_tiny output=runs/half experts=4 by=weight
   efficient-lm extract checkpoint=runs/nested output=runs/small budget.params=12e6 search=evolution
+  efficient-lm extract checkpoint=runs/quickstart output=runs/small budget.params=3e6 elastic.ffn=[0.25,0.5,0.75,1]
 """
 
 
@@ -56,21 +59,19 @@ def run(overrides: Sequence[str], options: Options) -> None:
 
     check_free(Path(config.output))
     model = made = load(config.checkpoint)
+    measured = {"text": config.text, "sequence_length": config.sequence_length, "rows": config.limit}
+    chosen = {"elastic": config.elastic, "order": config.order}
     if config.search is not None:
-        looked = (config.text, config.sequence_length, config.limit)
-        found = search(model, config.search, config.output, config.budget, *looked)
+        found = search(model, config.search, config.output, config.budget, **measured, **chosen)
         print(found)
         if found.chosen is None:
             return
-        made = model.submodel(found.chosen.parts)
+        made = found.model
     elif config.budget is not None:
-        made = within(model, config.budget)
+        made = within(model, config.budget, **measured, **chosen)
     if config.chooses_experts:
-        made = extract(
-            made, config.experts, config.by, config.uneven, not config.drop_super_experts, config.top_k,
-            config.text, config.sequence_length, config.limit,
-        )  # fmt: skip
+        spared = not config.drop_super_experts
+        made = extract(made, config.experts, config.by, config.uneven, spared, config.top_k, **measured)
     if config.parts:
-        measured = {"text": config.text, "sequence_length": config.sequence_length, "rows": config.limit}
         made = made.extract(**config.parts, order=config.order, **measured)
     print(save(made, config.output, config.checkpoint, model))

@@ -106,7 +106,7 @@ def _checked(model: LanguageModel, axis: str, part: Any) -> float:
     grid = granularities(model).get(axis)
     if grid is not None and not any(math.isclose(part, value, rel_tol=1e-6) for value in grid):
         raise ConfigError(
-            f"{axis}: the model is trained for {_listed(grid)} of it, and not for {part:g}; "
+            f"{axis}: the model is trained for {listed(grid)} of it, and not for {part:g}; "
             f"nearest: {min(grid, key=lambda value: abs(value - part)):g}"
         )
     return float(part)
@@ -135,7 +135,7 @@ def parts_of(model: LanguageModel, submodel: float | Mapping[str, Part], key: st
         )
     sizes = sorted({part for grid in grids.values() for part in grid})
     if not any(math.isclose(submodel, size, rel_tol=1e-6) for size in sizes):
-        raise ConfigError(f"{key}: the model is trained for {_listed(sizes)}, and not for {submodel:g}")
+        raise ConfigError(f"{key}: the model is trained for {listed(sizes)}, and not for {submodel:g}")
     # An axis that is not trained for as little keeps its nearest larger part.
     return {axis: min(part for part in grid if part >= submodel * (1 - 1e-6)) for axis, grid in grids.items()}
 
@@ -145,5 +145,6 @@ def granularities(model: LanguageModel) -> dict[str, tuple[float, ...]]:
     return {} if model.spec.elastic is None else model.spec.elastic.axes
 
 
-def _listed(values: Iterable[float]) -> str:
+def listed(values: Iterable[float]) -> str:
+    """Numbers, as a message has them."""
     return ", ".join(f"{value:g}" for value in values)

@@ -3,9 +3,10 @@
 from dataclasses import dataclass
 from functools import cached_property
 
-from efficient_lm.elastic.choices import Choice, choose
+from efficient_lm.elastic.choices import Choice, choose, granularities, listed
 from efficient_lm.elastic.submodels import submodel_parameters, submodel_spec
 from efficient_lm.errors import ConfigError
+from efficient_lm.models.elastic import ElasticSpec
 from efficient_lm.models.language_model import LanguageModel
 from efficient_lm.models.parameters import Parameters
 
@@ -42,6 +43,25 @@ class Nested:
     def parameters(self, params: Parameters) -> Parameters:
         """Its part of the whole model's parameters."""
         return params if self.is_whole else submodel_parameters(self.whole, self.model, params, self.choice.layers)
+
+
+def with_granularities(model: LanguageModel, elastic: ElasticSpec) -> LanguageModel:
+    """The definition of a model as if it were trained to be smaller along some more axes.
+
+    Raises:
+        ConfigError: an axis that it does not have or is trained for already, or a part that leaves nothing that works.
+    """
+    trained = granularities(model)
+    for axis, grid in elastic.axes.items():
+        if axis in trained:
+            raise ConfigError(f"elastic.{axis}: the model is trained for {listed(trained[axis])} of it; leave it out")
+        for part in grid:
+            try:
+                submodel_spec(model, choose(model, {axis: part})).build()
+            except ConfigError as error:
+                raise ConfigError(f"elastic.{error}") from None
+    both = ElasticSpec(combine=elastic.combine, **trained, **elastic.axes)
+    return model.spec.model_copy(update={"elastic": both}).build()
 
 
 def nested_models(model: LanguageModel) -> list[Nested]:

@@ -9,6 +9,7 @@ from efficient_lm.elastic.budget import BudgetSpec
 from efficient_lm.elastic.importance import Order
 from efficient_lm.elastic.search.base import SearchSpec
 from efficient_lm.errors import ConfigError
+from efficient_lm.models.elastic import ElasticSpec
 from efficient_lm.spec import Count, Listing, Natural, OneOf, Real, Spec
 from efficient_lm.upcycling.base import UpcyclingSpec
 from efficient_lm.upcycling.extraction import Importance
@@ -84,6 +85,7 @@ class ExtractConfig(Looking):
             each layer with experts.
         order: which units, and layers, a part keeps: what is worth most (see `elastic.importance.Order`), or with
             ``none`` the first; None takes the first of what the model is trained for, and else the most active.
+        elastic: granularities to choose among, along axes that the model is not trained to be smaller along.
         by: what makes an expert important, where it is said how many.
         uneven: whether layers may keep different numbers, as many on average.
         drop_super_experts: whether Super Experts may be dropped like any other.
@@ -101,6 +103,7 @@ class ExtractConfig(Looking):
     layers: Annotated[Listing[Natural], Field(min_length=1)] | Real | None = None
     experts: Count | Real | Listing[Natural] | Listing[Listing[Natural]] | None = None
     order: Order | None = None
+    elastic: ElasticSpec | None = None
     by: Importance = "reconstruction"
     uneven: bool = False
     drop_super_experts: bool = False
@@ -134,9 +137,13 @@ class ExtractConfig(Looking):
             raise ConfigError(
                 "extract: say what stays: ffn=0.5, heads=0.5, layers=[0,1,3], experts=4, ...; or budget.params=12e6"
             )
-        if self.order is not None and not self.parts:
+        if self.order is not None and not (self.parts or self.chooses_parts):
             raise ConfigError("order: it says which units a part of an axis keeps, such as ffn=0.5; name a part too")
-        orders = bool(self.parts) and self.order != "none"
+        if self.elastic is not None and not self.chooses_parts:
+            raise ConfigError(
+                "elastic: a budget or a search chooses among granularities; give budget.params= or search="
+            )
+        orders = self.order != "none" and bool(self.parts or self.elastic or self.order)
         if not isinstance(self.experts, int):
             for name in ("text", "uneven", "drop_super_experts"):
                 if getattr(self, name) and not (name == "text" and (orders or self.search is not None)):
