@@ -84,4 +84,5 @@ class ChosenStack(SwitchedStack):
 
 def _filled(values: jax.Array, shape: jax.ShapeDtypeStruct) -> jax.Array:
     """With zeros for what only the whole layer has."""
-    return jnp.pad(values, [(0, whole - size) for size, whole in zip(values.shape, shape.shape, strict=True)])
+    more = [(0, whole - size) for size, whole in zip(values.shape, shape.shape, strict=True)]
+    return jnp.pad(values, more) if more else values
