@@ -35,6 +35,7 @@ import numpy as np
 import optax
 from timing import surroundings
 
+from efficient_lm.elastic.nesting import WHOLE, NestingSpec
 from efficient_lm.models.language_model import LanguageModel, ModelSpec
 from efficient_lm.models.parameters import count_parameters, decay_mask
 from efficient_lm.objectives.causal_lm import CausalLMSpec
@@ -90,20 +91,23 @@ def framework_parts(model: LanguageModel) -> tuple[Any, Any, Any]:
     return optimizer, layout, state_shardings(model, optimizer, layout)
 
 
-def framework_step(model: LanguageModel, options: argparse.Namespace) -> Callable:
+def framework_step(model: LanguageModel, options: argparse.Namespace, nesting: NestingSpec = WHOLE) -> Callable:
     """The jitted step, as a run has it."""
     optimizer, layout, shardings = framework_parts(model)
+    packed = bool(options.document)
     step = make_step(
-        model, CausalLMSpec(), optimizer, clip_norm=CLIP_NORM, dtype=options.dtype, packed=bool(options.document)
+        model, CausalLMSpec(), optimizer, clip_norm=CLIP_NORM, dtype=options.dtype, packed=packed, nesting=nesting
     )
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, layout.replicated))
 
 
-def framework_arm(spec: ModelSpec, options: argparse.Namespace, batch: dict[str, np.ndarray]) -> tuple[Round, float]:
+def framework_arm(
+    spec: ModelSpec, options: argparse.Namespace, batch: dict[str, np.ndarray], nesting: NestingSpec = WHOLE
+) -> tuple[Round, float]:
     """A round of the framework's steps on a model, and the loss of the first."""
     model = spec.build()
     optimizer, layout, shardings = framework_parts(model)
-    step = framework_step(model, options)
+    step = framework_step(model, options, nesting)
     state = jax.jit(lambda key: initial_state(model.init(key), optimizer), out_shardings=shardings)(jax.random.key(0))
     return jax_rounds(step, state, lambda: layout.batch(batch))
 

@@ -9,17 +9,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from efficient_lm.data.packing import Batch
 from efficient_lm.elastic.search.base import Fitness, Levels, Space
 from efficient_lm.elastic.switched import ChosenStack
 from efficient_lm.errors import CheckpointError
+from efficient_lm.evaluation.distributions import compared, divergence
 from efficient_lm.evaluation.rows import pieces
 from efficient_lm.evaluation.token_losses import token_losses
 from efficient_lm.models.language_model import LanguageModel
 from efficient_lm.models.parameters import Parameters
-from efficient_lm.objectives.base import context_of
 from efficient_lm.training.reporting import MetricsFile, read_metrics
 
 SCORED = "scored.jsonl"
@@ -116,19 +115,10 @@ def scoring(space: Space, fitness: Fitness, dtype: jax.typing.DTypeLike) -> Call
         found = token_losses(chosen(levels), params, batch, dtype)
         return jnp.sum(jnp.where(batch["weights"] > 0, found.losses, 0.0) * batch["weights"])
 
-    def divergence(params: Parameters, levels: jax.Array, batch: Batch) -> jax.Array:
-        context = context_of(batch)
-        hidden = [each.hidden(params, batch["tokens"], context, dtype=dtype)[0] for each in (model, chosen(levels))]
+    def kl(params: Parameters, levels: jax.Array, batch: Batch) -> jax.Array:
+        return compared((model, params), (chosen(levels), params), batch, divergence, dtype)
 
-        def of_row(row: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
-            *both, weights = row
-            whole, part = (jax.nn.log_softmax(model.logits_from(params, part)) for part in both)
-            found = jnp.sum(jnp.exp(whole) * (whole - part), axis=-1)
-            return jnp.sum(jnp.where(weights > 0, found, 0.0) * weights)
-
-        return jnp.sum(lax.map(of_row, (*hidden, batch["weights"])))
-
-    return {"loss": loss, "kl": divergence}[fitness]
+    return {"loss": loss, "kl": kl}[fitness]
 
 
 def _fingerprint(params: Parameters, batches: list[Batch]) -> str:
