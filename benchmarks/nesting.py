@@ -6,11 +6,13 @@
         --vocabulary 32768 --batch 16 --time 2048                # an accelerator
 
 The arms take turns, a few steps each, for several rounds, so that what else the machine does meets all of them. What a
-step costs is the mean over all steps of an arm, for a strategy that draws costs something else in each. Arms: the whole
-model and each one inside it trained alone, and every strategy. `over_whole` is the time beside a plain step of the whole
-model; `over_parts` beside the plain steps of the models that the strategy computes in a step: on average one for
-`sample` and `mixed`, all for `joint`; `sandwich` computes the whole, the smallest, one between, and what the whole says
-once more, which `plan` counts as a third of its step. Needs jax, flax, optax and pydantic.
+step costs is the mean over all steps of an arm: a strategy that draws costs something else in each. Arms: the whole
+model and each one inside it trained alone, and every strategy.
+
+`over_whole` is the time beside a plain step of the whole model, `over_parts` beside the plain steps of the models that
+the strategy computes in a step: on average one for `sample` and `mixed`, all for `joint`; for `sandwich` the whole, the
+smallest, one between, and a third of the whole once more, for what it says to the others. Needs jax, flax, optax and
+pydantic.
 """
 
 import argparse

@@ -70,7 +70,8 @@ def _verdict(expected: Expectation, point: Mapping[str, Any], found: Sequence[fl
     words = {"over": expected.over, "minus": expected.minus}
     beside = "".join(f" {word} that of {arm}" for word, arm in words.items() if arm is not None)
     where = "".join(f", {key}={value}" for key, value in point.items())
-    return f"- {expected.arm}{where}, {expected.figure}{beside}: {wanted} expected, {_spread(found)} measured: {verdict}{seeds}."
+    figure = f"{expected.arm}{where}, {expected.figure}{beside}"
+    return f"- {figure}: {wanted} expected, {_spread(found)} measured: {verdict}{seeds}."
 
 
 def _compared(expected: Expectation, row: Row, rows: Sequence[Row]) -> list[float]:

@@ -30,10 +30,10 @@ class SizesSpec(MeasureSpec):
     - ``0.5``: bits per byte.
     - ``draft 0.5``: the share of drafted tokens that speculative sampling accepts, ``sum(min(p, q))`` (Leviathan et al.
       2023, section 3), at every place of validation rows; the nested arm's whole model verifies.
-    - ``mixes near``, ``worst mix``: of the nested arm's Mix'n'Match models, layers of one width below layers of the next
-      (and ``... of any growth``: of all whose width grows with depth; ``random mixes near``: of any), the share whose
-      loss is at most 1 % above the line between the uniform models beside them, and the worst loss over that of the
-      next smaller uniform model.
+    - ``mixes near``: of the nested arm's Mix'n'Match models, whose lower layers have one width and upper ones the next,
+      the share whose loss is at most 1 % above the line between the uniform models beside them; ``mixes near of any
+      growth``: of all whose width grows with depth; ``random mixes near``: of widths drawn at random.
+    - ``worst mix``: the largest loss of a model whose width grows with depth over that of the next smaller uniform one.
 
     Attributes:
         nested: the arm that is trained to have models inside.
@@ -79,7 +79,7 @@ class SizesSpec(MeasureSpec):
         if other is not None:
             return figures, {"sizes": sizes}
         mixes = _mixes(model, batch, run, self.random)
-        return figures | _figures_of(mixes), {"sizes": sizes, "mixes": mixes}
+        return figures | figures_of(mixes), {"sizes": sizes, "mixes": mixes}
 
     @property
     def picture(self) -> Callable[[Sequence[Mapping[str, Any]], Path, str], Path]:
@@ -110,7 +110,7 @@ def _mixes(model: "Model", batch: Mapping[str, np.ndarray], folder: Path, random
     space = Space.of(model.model, Meter(model.config.train.sequence_length, model.dtype, latency=False))
     scorer = Scorer(space, model.params, batch, "loss", folder, model.dtype)
     rows = []
-    for kind, levels in _choices(len(space.nested), space.layers, random):
+    for kind, levels in choices(len(space.nested), space.layers, random):
         parameters = int(space.costs.of(levels)["params"])
         rows.append({"kind": kind, "levels": levels, "parameters": parameters, "loss": scorer(levels)})
     scorer.close()
@@ -123,8 +123,8 @@ def _mixes(model: "Model", batch: Mapping[str, np.ndarray], folder: Path, random
     return rows
 
 
-def _choices(levels: int, layers: int, random: int) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Which widths layers have, each choice once: uniform ones, Mix'n'Match, those that grow with depth, random ones."""
+def choices(levels: int, layers: int, random: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Which widths layers have, each choice once: uniform, Mix'n'Match, any that grow with depth, and random ones."""
     seen = {(level,) * layers for level in range(levels)}
     yield from (("uniform", choice) for choice in sorted(seen))
     for choice in combinations_with_replacement(range(levels), layers):
@@ -144,7 +144,9 @@ def _draws(random: np.random.Generator, levels: int, layers: int) -> Iterator[tu
         yield tuple(int(level) for level in random.integers(levels, size=layers))
 
 
-def _figures_of(mixes: Sequence[Mapping[str, Any]]) -> Figures:
+def figures_of(mixes: Sequence[Mapping[str, Any]]) -> Figures:
+    """What `SizesSpec` says of mixes: rows of `kind` and `loss`, and unless they are uniform `line` and `below`."""
+
     def near(kinds: set[str]) -> float:
         return float(np.mean([row["loss"] <= (1 + NEAR) * row["line"] for row in mixes if row["kind"] in kinds]))
 
@@ -170,7 +172,11 @@ def _draw(rows: Sequence[Mapping[str, Any]], path: Path, title: str, nested: str
         if found and (len(found) == 1 or row["arm"] != nested):
             alone[max(found)] = found[max(found)]
         if len(found) > 1:
-            name = "nested: models inside one" if row["arm"] == nested else f"{row['arm']}: slices of a model trained plainly"
+            name = (
+                "nested: models inside one"
+                if row["arm"] == nested
+                else f"{row['arm']}: slices of a model trained plainly"
+            )
             _curve(axes, found, name, "#4c72b0" if row["arm"] == nested else "#c44e52")
     _curve(axes, alone, "trained by themselves", "#dd8452")
     axes.legend(frameon=False)

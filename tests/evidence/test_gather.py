@@ -8,11 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from efficient_lm import evidence
 from efficient_lm.composition import builtin_configs
 from efficient_lm.errors import ConfigError
-from efficient_lm.evidence import gather, read_evidence
-from efficient_lm.evidence_page import verdicts
+from efficient_lm.evidence.gather import gather, run_config
+from efficient_lm.evidence.spec import read_evidence
 
 ROOT = Path(__file__).parents[2]
 NAMES = sorted(file.stem for file in (builtin_configs() / "evidence").glob("*.yaml"))
@@ -23,18 +22,19 @@ def test_every_run_of_every_evidence_can_be_composed(name):
     spec = read_evidence(name)
     points = [*spec.points()]
     for arm in spec.arms:
-        config = evidence._config(spec, Path("runs"), points[-1], arm, 1e-3, spec.seeds[-1])
-        assert config.run.dir == f"runs/{config.run.name}" and not config.data.reads_text
+        config = run_config(spec, Path("runs"), points[-1], arm, 1e-3, spec.seeds[-1])
+        assert config.run.dir == f"runs/{config.run.name}"
+        assert config.data.reads_text == (spec.measure.kind == "sizes")
         assert config.optimizer.learning_rate == 1e-3 and config.run.seed == spec.seeds[-1]
 
 
 def small(folder, **options):
     arms = "{good: ['mixer=attention'], bad: ['mixer=attention','model.learned_positions=8']}"
     values = {
-        "arms": arms, "grid": "{model.width: [16]}", "learning_rates": "[1e-3, 1e-2]", "seeds": "[0,1]", "limit": 4,
-        "lengths": "[8,16]", "expect": "[{arm: good, at_least: 0.9}]", "runs": folder, "mixer.heads": 2,
-        "model.repeats": 1, "data.length": 16, "data.pairs": 2, "data.validation_examples": 8, "train.steps": 2,
-        "train.batch_size": 2, **options,
+        "arms": arms, "grid": "{model.width: [16]}", "learning_rates": "[1e-3, 1e-2]", "seeds": "[0,1]",
+        "measure.limit": 4, "measure.lengths": "[8,16]", "expect": "[{arm: good, figure: accuracy, at_least: 0.9}]",
+        "runs": folder, "mixer.heads": 2, "model.repeats": 1, "data.length": 16, "data.pairs": 2,
+        "data.validation_examples": 8, "train.steps": 2, "train.batch_size": 2, **options,
     }  # fmt: skip
     return [f"{key}={value}" for key, value in values.items()]
 
@@ -53,6 +53,7 @@ def test_the_page_and_its_figures(gathered):
     assert good["learning_rate"] in (1e-3, 1e-2) == tuple(run["learning_rate"] for run in good["tried"])
     assert [cell["length"] for cell in good["runs"][1]["lengths"]] == [8, 16]
     assert good["runs"][0]["lengths"][0]["rows"] == 4 and good["runs"][0]["steps"] == 2
+    assert [*good["runs"][0]["figures"]] == ["accuracy", "length 8", "length 16"]
     assert "model.learned_positions holds 8" in bad["runs"][0]["error"]
     assert {"cpu", "device", "versions", "date"} <= set(kept)
     page = (gathered / "multi_query_recall.md").read_text()
@@ -67,22 +68,8 @@ def test_what_is_finished_is_not_done_again(gathered, monkeypatch):
     assert json.loads((gathered / "multi_query_recall.json").read_text())["rows"] == before
     assert gather("multi_query_recall", small(gathered, only="[good]")) is True
     # Other options than those of the finished runs are a fault of each run, and no figure.
-    assert gather("multi_query_recall", small(gathered, only="[good]", limit=3)) is False
+    assert gather("multi_query_recall", small(gathered, only="[good]", **{"measure.limit": 3})) is False
     assert "measured with other options" in (gathered / "multi_query_recall.json").read_text()
-
-
-def test_verdicts_compare_the_mean():
-    runs = [{"accuracy": value, "lengths": [{"length": 8, "accuracy": value / 2}]} for value in (0.8, 1.0)]
-    row = {"arm": "one", "w": 3, "runs": [*runs, {"error": "no"}]}
-    expect = [
-        {"arm": "one", "length": None, "at_least": 0.9, "at_most": None},
-        {"arm": "one", "length": 8, "at_least": 0.1, "at_most": 0.4},
-        {"arm": "one", "length": 9, "at_least": 0.1, "at_most": None},
-    ]
-    first, second = verdicts({"expect": expect, "grid": {"w": [3]}}, [row])
-    assert first == "- one, w=3: at least 0.9 expected, 0.900 measured: as expected."
-    assert second.endswith("at length 8: at least 0.1 and at most 0.4 expected, 0.450 measured: not reproduced at this "
-                           "scale.")  # fmt: skip
 
 
 def test_faults():
@@ -92,6 +79,10 @@ def test_faults():
         read_evidence("parity", ["only=[negativ]"])
     with pytest.raises(ConfigError, match="train.stepz: unknown key; did you mean 'steps'"):
         gather("parity", ["train.stepz=3"])
+    with pytest.raises(ConfigError, match="only: the other arms are measured beside 'nested'; name it too"):
+        read_evidence("matformer", ["only=[eighth]"])
+    with pytest.raises(ConfigError, match="no arm is named 'nestled'; did you mean 'nested'"):
+        read_evidence("matformer", ["measure.nested=nestled"])
     assert read_evidence("parity").output is None and read_evidence("parity", ["seeds=[0]"]).output == "runs/evidence"
 
 
