@@ -1,9 +1,11 @@
 """Tests run on the CPU, compile in a hurry, and keep compiled programs between sessions."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -22,3 +24,31 @@ def optimized() -> Iterator[None]:
     jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.fixture(scope="session")
+def drawn() -> Callable[..., Any]:
+    """``drawn(built, moved=0.0, seed=0)`` → parameters of a model or a part, started as it declares, then moved.
+
+    They are drawn on the host: a program that draws them takes longer to compile than most that use them.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    from efficient_lm.models.parameters import Constant, map_declarations
+
+    def draw(built: Any, moved: float = 0.0, seed: int = 0) -> Any:
+        random = np.random.default_rng(seed)
+
+        def start(declared: Any) -> jax.Array:
+            way, shape = declared.initializer, declared.shape
+            if isinstance(way, Constant):
+                values = np.full(shape, way.value)
+            else:
+                source = {"normal": random.standard_normal, "uniform": random.random}.get(way.draw)
+                values = way.values(shape, None if source is None else source(shape))
+            return jnp.asarray(np.asarray(values) + moved * random.standard_normal(shape), jnp.float32)
+
+        return map_declarations(start, built.declarations)
+
+    return draw

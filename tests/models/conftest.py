@@ -1,23 +1,15 @@
 """What tests of single mixers share."""
 
+from functools import partial
+
 import jax
 import numpy as np
 import pytest
-from jax.flatten_util import ravel_pytree
 
 from efficient_lm.models.context import Context
 from efficient_lm.models.parameters import Blueprint, Initialization
 
 WIDTH, TIME = 16, 24
-
-
-def moved(built, scale=0.3):
-    @jax.jit
-    def draw(key):
-        flat, unflatten = ravel_pytree(built.init(key))
-        return unflatten(flat + scale * jax.random.normal(jax.random.fold_in(key, 1), flat.shape))
-
-    return draw(jax.random.key(0))
 
 
 class BuiltMixer:
@@ -29,10 +21,10 @@ class BuiltMixer:
         raw, params: the parameters, float32 and float64.
     """
 
-    def __init__(self, spec, layer=0, layers=1, params=None):
+    def __init__(self, drawn, spec, layer=0, layers=1, params=None):
         assert not list(spec.faults(WIDTH))
         self.spec, self.blueprint = spec.resolved(WIDTH), Blueprint(lambda: spec.build(WIDTH, Initialization()))
-        self.raw = moved(self.blueprint) if params is None else params
+        self.raw = drawn(self.blueprint, 0.3) if params is None else params
         x, rows = jax.random.normal(jax.random.key(2), (1, TIME, WIDTH)), Context.rows(1, TIME)
         context = Context(rows.positions, rows.segment_ids, packed=False, layer=layer, layers=layers)
 
@@ -65,15 +57,15 @@ class BuiltMixer:
 
 
 @pytest.fixture(scope="session")
-def bold():
+def bold(drawn):
     """``bold(built, scale=0.3)`` → parameters of a model or a part, moved so that each of them matters."""
-    return moved
+    return lambda built, scale=0.3: drawn(built, scale)
 
 
 @pytest.fixture
-def build_mixer():
+def build_mixer(drawn):
     """``build_mixer(spec, layer=0, layers=1, params=None)`` → `BuiltMixer`."""
-    return BuiltMixer
+    return partial(BuiltMixer, drawn)
 
 
 @pytest.fixture
