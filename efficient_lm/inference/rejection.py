@@ -65,7 +65,9 @@ def verify(
         )
         uniform = jax.vmap(jax.vmap(jax.random.uniform))(_keys(keys, positions[:, :-1], STANDS))
         stands = uniform * q < p
-        left = jnp.maximum(wanted - jnp.pad(probabilities, ((0, 0), (0, 1), (0, 0))), 0.0)
+        # In place of what was not offered, as behind the last, comes what the verifier would have drawn.
+        beaten = jnp.where(offered[..., None], probabilities, 0.0)
+        left = jnp.maximum(wanted - jnp.pad(beaten, ((0, 0), (0, 1), (0, 0))), 0.0)
         # Where nothing is left, p and q are the same but for rounding.
         left = jnp.where(jnp.sum(left, axis=-1, keepdims=True) > 0, left, wanted)
         draws = _keys(keys, positions, INSTEAD)

@@ -2,8 +2,9 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from time import perf_counter
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -67,7 +68,7 @@ class SpeculativeDecoder(Decoder):
         self._takes_back = takes_back(model)
         self._counted = Speculated(sizes=(0,) * len(drafts))
         self._read = jax.jit(self._first_of_draft, static_argnames="length")
-        self._verify = jax.jit(self._block, static_argnames="sampling", donate_argnames=("caches", "own"))
+        self._verify = jax.jit(self._block, static_argnames="sampling", donate_argnames="state")
 
     @property
     def report(self) -> "Speculated":
@@ -85,30 +86,33 @@ class SpeculativeDecoder(Decoder):
         """As `Decoder.stream`; rows go on as far as their own drafts stand, and wait for each other to be yielded."""
         self._counted, started = Speculated(sizes=(0,) * len(self.small)), perf_counter()
         begun = self._begin(prompts, max_new_tokens, sampling, seed)
-        token, position, caches, own = begun.token, begun.position, begun.caches, None
+        own = None
         if not self.shared:
             own = self._read(self.small_params[0], begun.tokens, begun.context, length=begun.length)
-        rows = [_Row(max_new_tokens, end) for _ in prompts]
-        made, counts, yielded = np.asarray(token)[:, None], np.ones(len(prompts), int), 0
+        rows, yielded, flight = [_Row(max_new_tokens, end) for _ in prompts], 0, None
+        made, counts = np.asarray(begun.token)[:, None], np.ones(len(prompts), int)
+        last = -1 if end is None else end
+        limits = jnp.asarray(np.where(made[:, 0] == last, 0, begun.lengths + max_new_tokens - 1), jnp.int32)
+        state = _State(begun.token, begun.position, limits, begun.caches, own)
+        fly = partial(self._verify, self.params, self.small_params, begun.keys, last, sampling=sampling)
         while True:
             for row, more, count in zip(rows, made, counts, strict=True):
                 row.add(more[:count])
-            running = np.array([not row.done for row in rows])
             self._counted = self._counted.timed(sum(len(row.tokens) for row in rows), perf_counter() - started)
-            ready = min((len(row.tokens) for row in rows if not row.done), default=max(len(row.tokens) for row in rows))
+            running = [len(row.tokens) for row in rows if row.left]
+            if running and flight is None:
+                flight = fly(state=state)
+            ready = min(running, default=max(len(row.tokens) for row in rows))
             for index in range(yielded, ready):
                 yield np.array([row.at(index) for row in rows], np.int32)
             yielded = ready
-            if not running.any():
+            if not running:
                 return
-            limits = jnp.asarray(np.where(running, begun.lengths + max_new_tokens, 0), jnp.int32)
-            (made, counts, offered, sizes), token, position, caches, own = self._verify(
-                self.params, self.small_params, token, position, limits, begun.keys,
-                caches=caches, own=own, sampling=sampling,
-            )  # fmt: skip
-            made, counts = np.asarray(made), np.asarray(counts)
-            accepted = int((counts - 1)[running].sum())
-            self._counted = self._counted.added(int(running.sum()), int(offered), accepted, np.asarray(sizes))
+            found, state = flight
+            # As long as some row is sure to go on, the next pass is dispatched before this one's tokens are read.
+            flight = fly(state=state) if max(row.left for row in rows) > self.tokens + 1 else None
+            made, counts = np.asarray(found.tokens), np.asarray(found.counts)
+            self._counted = self._counted.added(*np.asarray(found.figures).tolist())
 
     def _first_of_draft(self, params: Parameters, tokens: jax.Array, context: Context, length: int) -> Caches:
         caches = self.small[0].init_caches(tokens.shape[0], length, self.dtype)
@@ -118,24 +122,17 @@ class SpeculativeDecoder(Decoder):
         self,
         params: Parameters,
         drafts: list[Parameters],
-        token: jax.Array,
-        position: jax.Array,
-        limits: jax.Array,
         keys: jax.Array,
-        caches: Caches,
-        own: Caches | None,
+        end: jax.Array,
+        state: "_State",
         sampling: SamplingSpec,
-    ) -> tuple[tuple[jax.Array, ...], jax.Array, jax.Array, Caches, Caches | None]:
+    ) -> tuple["_Found", "_State"]:
         """Draft and verify once.
 
         Args:
-            token, position: int32 ``[batch]``, the newest token of each row, which no cache has yet, and its place.
-            limits: int32 ``[batch]``, the position that a row must not reach; 0 has it do nothing.
-
-        Returns:
-            ``(made [batch, k + 1], how many of them count [batch], proposals that counted, and by size)``, then the
-            newest token, its position and the caches.
+            end: id behind which a row does nothing more; -1 for none.
         """
+        token, position, limits, caches, own = state
         positions = position[:, None] + jnp.arange(self.tokens + 1)
         real = positions < limits[:, None]
         drafted, probabilities, sizes, provisional = self._drafted(
@@ -153,8 +150,10 @@ class SpeculativeDecoder(Decoder):
             context = _context(positions, kept)
             own = self.small[0].hidden(drafts[0], tokens, context, own, dtype=self.dtype)[1]
         made = jnp.where(place < accepted[:, None], jnp.roll(tokens, -1, axis=1), following[:, None])
-        counted = (made, accepted + 1, jnp.sum(real[:, 1:]), sizes)
-        return counted, following, position + accepted + 1, caches, own
+        limits = jnp.where(jnp.any((made == end) & kept, axis=1), 0, limits)
+        figures = [jnp.sum(real[:, 0]), jnp.sum(real[:, 1:]), jnp.sum(accepted), *sizes]
+        found = _Found(made, accepted + 1, jnp.stack(figures))
+        return found, _State(following, position + accepted + 1, limits, caches, own)
 
     def _drafted(
         self,
@@ -229,6 +228,31 @@ class SpeculativeDecoder(Decoder):
         return jax.lax.cond(jnp.all(kept == real), lambda: read, again)
 
 
+class _State(NamedTuple):
+    """What a pass goes on from.
+
+    Attributes:
+        token, position: int32 ``[batch]``, the newest token of each row, which no cache has yet, and its place.
+        limits: int32 ``[batch]``, the position that a row must not reach; 0 has it do nothing.
+        caches, own: of the whole, and of a draft that does not share it.
+    """
+
+    token: jax.Array
+    position: jax.Array
+    limits: jax.Array
+    caches: Caches
+    own: Caches | None
+
+
+class _Found(NamedTuple):
+    """What a pass made: ``tokens [batch, k + 1]``, how many of them count, ``counts [batch]``, and `figures`: rows that
+    were verified, proposals, those that stood, and of the proposals those of each size."""
+
+    tokens: jax.Array
+    counts: jax.Array
+    figures: jax.Array
+
+
 @dataclass(frozen=True)
 class Speculated:
     """What became of drafts.
@@ -249,9 +273,9 @@ class Speculated:
     sizes: tuple[int, ...] = ()
     seconds: float = 0.0
 
-    def added(self, verifications: int, drafted: int, accepted: int, sizes: np.ndarray) -> "Speculated":
+    def added(self, verifications: int, drafted: int, accepted: int, *sizes: int) -> "Speculated":
         """With one more pass."""
-        by_size = tuple(old + int(new) for old, new in zip(self.sizes, sizes, strict=True))
+        by_size = tuple(map(int.__add__, self.sizes, sizes))
         return Speculated(
             self.tokens, self.verifications + verifications, self.drafted + drafted, self.accepted + accepted,
             by_size, self.seconds,
@@ -289,13 +313,14 @@ class _Row:
         self.most, self.end, self.tokens = most, end, []
 
     @property
-    def done(self) -> bool:
+    def left(self) -> int:
+        """How many more it may have."""
         ended = self.end is not None and self.tokens[-1:] == [self.end]
-        return ended or len(self.tokens) >= self.most
+        return 0 if ended else self.most - len(self.tokens)
 
     def add(self, tokens: np.ndarray) -> None:
         for token in tokens:
-            if not self.done:
+            if self.left:
                 self.tokens.append(int(token))
 
     def at(self, index: int) -> int:
