@@ -70,9 +70,9 @@ def expected_scores(model, params, space, levels, batch, fitness):
 
 
 @pytest.mark.parametrize("fitness", ["loss", "kl"])
-def test_scores_are_those_of_the_models_that_are_made_in_one_program(tmp_path, fitness):
+def test_scores_are_those_of_the_models_that_are_made_in_one_program(tmp_path, fitness, drawn):
     model, batch = model_of(), rows()
-    params, space = jax.jit(model.init)(jax.random.key(0)), space_of(model)
+    params, space = drawn(model), space_of(model)
     score = Scorer(space, params, batch, fitness, tmp_path)
     for levels in ((0, 1, 2), (2, 0, 1), (2, 2, 2)):
         expected = expected_scores(model, params, space, levels, batch, fitness)
@@ -80,29 +80,29 @@ def test_scores_are_those_of_the_models_that_are_made_in_one_program(tmp_path, f
     assert score._program._cache_size() == 1
 
 
-def test_layers_with_fewer_experts_are_scored(tmp_path):
+def test_layers_with_fewer_experts_are_scored(tmp_path, drawn):
     ffn = {"kind": "moe", "experts": 4, "top_k": 2, "expert": {"kind": "swiglu", "hidden": 8}}
     block = {"mixer": {"kind": "attention", "heads": 2}, "ffn": ffn}
     model, batch = model_of({"experts": [0.5, 1], "heads": [0.5, 1]}, repeats=2, blocks={"layer": block}), rows()
-    params, space = jax.jit(model.init)(jax.random.key(0)), space_of(model)
+    params, space = drawn(model), space_of(model)
     score = Scorer(space, params, batch, "loss", tmp_path)
     for levels in ((0, 1), (1, 1)):
         expected = expected_scores(model, params, space, levels, batch, "loss")
         assert score(levels) == pytest.approx(expected, rel=1e-5)
 
 
-def test_layers_that_kept_their_numbers_have_their_own_levels(tmp_path):
+def test_layers_that_kept_their_numbers_have_their_own_levels(tmp_path, drawn):
     model, batch = model_of(numbering={"layers": [1, 3, 4], "of": 6}), rows()
-    params, space = jax.jit(model.init)(jax.random.key(0)), space_of(model)
+    params, space = drawn(model), space_of(model)
     score = Scorer(space, params, batch, "loss", tmp_path)
     expected = expected_scores(model, params, space, (0, 2, 1), batch, "loss")
     assert score((0, 2, 1)) == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_search_goes_on_where_it_stopped(tmp_path, monkeypatch):
+def test_a_search_goes_on_where_it_stopped(tmp_path, monkeypatch, drawn):
     monkeypatch.setattr("efficient_lm.evaluation.rows.TOKENS", LENGTH)
     model, batch = model_of(repeats=2), rows()
-    params, space = jax.jit(model.init)(jax.random.key(0)), space_of(model)
+    params, space = drawn(model), space_of(model)
     first = Scorer(space, params, batch, "loss", tmp_path)
     assert first.pieces == 3
     found = {levels: first(levels) for levels in ((0, 0), (1, 2))}

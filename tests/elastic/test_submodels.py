@@ -37,10 +37,6 @@ def model_of(mixer="attention", ffn=None, repeats=2, elastic=None, **sizes):
     return validate(ModelSpec, values | {"elastic": elastic, "init_std": 0.2}).build()
 
 
-def fresh(model):
-    return jax.jit(model.init)(jax.random.key(0))
-
-
 def part_of(model, params, **parts):
     """A smaller model and its parameters."""
     choice = choose(model, parts)
@@ -70,9 +66,9 @@ WITHOUT_THE_REST = [
 
 
 @pytest.mark.parametrize(("kind", "axis"), WITHOUT_THE_REST)
-def test_it_is_the_whole_without_the_rest(kind, axis):
+def test_it_is_the_whole_without_the_rest(kind, axis, drawn):
     model = model_of(kind)
-    params = fresh(model)
+    params = drawn(model)
     small, mine = part_of(model, params, **{axis: 0.5})
     assert count_parameters(small.declarations) < count_parameters(model.declarations)
     expected = jax.jit(model.logits)(emptied(model, params, small), TOKENS)
@@ -94,10 +90,10 @@ def test_every_kind_says_what_it_can_be_cut_along():
 @pytest.mark.parametrize(
     "parts", [{"ffn": 0.5}, {"heads": 0.5, "ffn": 0.25}, {"width": 0.5}, {"layers": 0.5}, {"ffn": [1, 0.5, 0.5, 0.25]}]
 )
-def test_gradients_are_those_of_the_slice(parts):
+def test_gradients_are_those_of_the_slice(parts, drawn):
     """Through the whole model's parameters what is inside gets the smaller model's gradient, and the rest none."""
     model = model_of(repeats=4)
-    params = fresh(model)
+    params = drawn(model)
     choice = choose(model, parts)
     small = submodel_spec(model, choice).build()
 
@@ -117,9 +113,9 @@ def test_gradients_are_those_of_the_slice(parts):
     assert total == pytest.approx(sum(float(jnp.sum(leaf**2)) for leaf in jax.tree.leaves(inner)), rel=1e-5)
 
 
-def test_a_part_of_a_part_is_a_part():
+def test_a_part_of_a_part_is_a_part(drawn):
     model = model_of(repeats=4, elastic={"ffn": [0.25, 0.5, 1], "heads": [0.5, 1], "layers": [0.25, 0.5, 1]})
-    params = fresh(model)
+    params = drawn(model)
     half, its = part_of(model, params, ffn=0.5, layers=0.5)
     assert half.spec.elastic.axes == {"ffn": (0.5, 1.0), "heads": (0.5, 1.0), "layers": (0.5, 1.0)}
     twice, twice_its = part_of(half, its, ffn=0.5, heads=0.5, layers=0.5)
@@ -128,11 +124,11 @@ def test_a_part_of_a_part_is_a_part():
     jax.tree.map(np.testing.assert_array_equal, twice_its, once_its)
 
 
-def test_layers_keep_their_places():
+def test_layers_keep_their_places(drawn):
     """Parts that go by their layer's number go by the one it had."""
     for kind in ("lightning", "hgrn2"):
         model = model_of(kind, repeats=4)
-        params = fresh(model)
+        params = drawn(model)
         small, mine = part_of(model, params, layers=[1, 3])
         assert small.spec.numbering.layers == (1, 3) and small.spec.numbering.of == 4
         skipped = jax.tree.map(lambda leaf: leaf, params)
@@ -146,9 +142,9 @@ def test_layers_keep_their_places():
         assert once_more.spec.numbering.layers == (3,)
 
 
-def test_layers_of_unequal_parts_share_a_block():
+def test_layers_of_unequal_parts_share_a_block(drawn):
     model = model_of(repeats=4)
-    small, mine = part_of(model, fresh(model), ffn=[0.25, 0.5, 0.5, 1])
+    small, mine = part_of(model, drawn(model), ffn=[0.25, 0.5, 0.5, 1])
     assert small.spec.blocks["layer"].ffn.hidden == (8, 16, 16, 32)
     assert [part.layers for part in small.stack.segments] == [1, 2, 1]
     assert small.logits(mine, TOKENS).shape == (2, TIME, 32)
@@ -156,16 +152,16 @@ def test_layers_of_unequal_parts_share_a_block():
     blocks["two"] = {"mixer": {"kind": "mamba"}, "ffn": {"kind": "mlp", "hidden": 16}}
     values = {"width": 16, "vocab_size": 32, "blocks": blocks, "layout": ["one", "two"], "repeats": 2}
     hybrid = validate(ModelSpec, values).build()
-    small, _ = part_of(hybrid, fresh(hybrid), ffn={"two": 0.5}, state=0.25)
+    small, _ = part_of(hybrid, drawn(hybrid), ffn={"two": 0.5}, state=0.25)
     assert small.spec.layout == ("one", "two") and small.spec.repeats == 2
     assert (small.spec.blocks["one"].ffn.hidden, small.spec.blocks["two"].ffn.hidden) == (16, 8)
     assert small.spec.blocks["two"].mixer.state_size == 4 and small.spec.blocks["one"] == hybrid.spec.blocks["one"]
 
 
-def test_experts():
+def test_experts(drawn):
     ffn = {"kind": "moe", "experts": 8, "top_k": 2, "expert": {"kind": "swiglu", "hidden": 16}}
     model = model_of(ffn=ffn)
-    params = fresh(model)
+    params = drawn(model)
     small, mine = part_of(model, params, experts=0.5, ffn=0.5)
     assert small.layers[0].ffn.experts == 4 and small.layers[0].ffn.expert.hidden == 8
     whole = emptied(model, params, small)

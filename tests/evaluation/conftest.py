@@ -2,7 +2,6 @@
 
 import os
 
-import jax
 import pytest
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
@@ -14,7 +13,7 @@ def cache(tmp_path_factory, monkeypatch):
 
 
 @pytest.fixture(scope="session")
-def model():
+def model(drawn):
     from efficient_lm.api import Model
     from efficient_lm.config import load_run_config
     from efficient_lm.training.setup import with_vocabulary
@@ -23,4 +22,4 @@ def model():
     config = load_run_config([*options, "model.init_std=0.4", "model.embedding_std=1.0", "run.name=tiny"])
     tokenizer = config.tokenizer.build()
     config = with_vocabulary(config, tokenizer)
-    return Model(config, config.model.build().init(jax.random.key(0)), tokenizer)
+    return Model(config, drawn(config.model.build()), tokenizer)

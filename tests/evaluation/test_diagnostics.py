@@ -18,17 +18,17 @@ BLOCKS = {
 }
 
 
-def measured(layout, change=lambda params: params):
+def measured(drawn, layout, change=lambda params: params):
     blocks = {name: BLOCKS[name] for name in layout}
     model = ModelSpec.model_validate({"width": WIDTH, "vocab_size": 17, "blocks": blocks, "layout": layout}).build()
-    params = change(model.init(jax.random.key(0)))
+    params = change(drawn(model))
     tokens = jax.random.randint(jax.random.key(1), (2, TIME), 0, 17)
     return model, params, tokens, Diagnostics(model).measure(params, tokens)
 
 
 @pytest.fixture(scope="module")
-def hybrid():
-    return measured(["recur", "attend", "both", "only"])
+def hybrid(drawn):
+    return measured(drawn, ["recur", "attend", "both", "only"])
 
 
 def test_each_layer_has_the_figures_that_its_mixer_has(hybrid):
@@ -38,8 +38,8 @@ def test_each_layer_has_the_figures_that_its_mixer_has(hybrid):
     assert hybrid[3][1]["attention_entropy"].shape == (4,)
 
 
-def test_states_are_those_of_a_prefill():
-    model, params, tokens, (figures, _) = measured(["recur", "attend"])
+def test_states_are_those_of_a_prefill(drawn):
+    model, params, tokens, (figures, _) = measured(drawn, ["recur", "attend"])
     half = TIME // 2
     context = Context.rows(2, half)
     context = Context(context.positions, context.segment_ids, "prefill")
@@ -55,13 +55,13 @@ def test_decay_lies_between_nothing_and_all(hybrid):
     assert 0 < least < mean < largest <= 1
 
 
-def test_uniform_attention_has_the_entropy_of_a_uniform_choice():
+def test_uniform_attention_has_the_entropy_of_a_uniform_choice(drawn):
     def without_queries(params):
         query = params["stack"]["segment_0"]["layer_0"]["mixer"]["inner"]["query"]
         query["weight"] = jnp.zeros_like(query["weight"])
         return params
 
-    _, _, _, (figures,) = measured(["attend"], without_queries)
+    _, _, _, (figures,) = measured(drawn, ["attend"], without_queries)
     want = np.mean(np.log(np.arange(1, TIME + 1)))
     np.testing.assert_allclose(figures["attention_entropy"], want, rtol=1e-5)
 

@@ -24,11 +24,11 @@ def batch(rows=3):
 
 
 @pytest.fixture(scope="module")
-def model():
+def model(drawn):
     blocks = {"dense": {"mixer": None, "ffn": {"kind": "mlp", "hidden": 8}}, "experts": {"mixer": None, "ffn": FFN}}
     spec = {"width": WIDTH, "vocab_size": VOCAB, "blocks": blocks, "layout": ["experts", "dense"], "embedding_std": 1.0}
     model = ModelSpec.model_validate(spec).build()
-    return model, model.init(jax.random.key(0))
+    return model, drawn(model)
 
 
 def test_figures_are_those_of_experts_one_by_one(model):
@@ -58,9 +58,9 @@ def test_figures_are_those_of_experts_one_by_one(model):
         np.testing.assert_allclose(found.contribution[expert], error, rtol=1e-4)
 
 
-def test_routes_agree_with_themselves_and_not_with_others(model):
+def test_routes_agree_with_themselves_and_not_with_others(model, drawn):
     model, params = model
-    other = model.init(jax.random.key(9))
+    other = drawn(model, seed=9)
     same, changed = agreement(model, params, [(1, params), (2, other)], batch())
     assert (same["step"], same["agreement"]) == (1, {0: 1.0})
     now, then = (routing(model, values, batch())[0].first for values in (params, other))

@@ -17,11 +17,11 @@ BLOCK = {"layer": {"mixer": {"kind": "attention", "heads": 2}, "ffn": {"kind": "
     "options",
     [{"tied": True, "logit_softcap": 2.0}, {"logit_multiplier": 3.0}, {"tied": True, "logit_multiplier": 0.5}],
 )
-def test_blocks_change_nothing(monkeypatch, blocks, options):
+def test_blocks_change_nothing(monkeypatch, blocks, options, drawn):
     monkeypatch.setattr(module, "CPU_BLOCK", blocks)
     spec = ModelSpec(width=16, vocab_size=23, blocks=BLOCK, layout=["layer"], embedding_std=1.0, **options)
     model = spec.build()
-    params = model.init(jax.random.key(0))
+    params = drawn(model)
     tokens, targets = np.random.default_rng(0).integers(0, 23, (2, 3, 8), dtype=np.int32)
     context = Context.rows(3, 8)
     batch = {"tokens": tokens, "positions": context.positions, "segment_ids": context.segment_ids}

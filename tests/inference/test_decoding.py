@@ -15,7 +15,7 @@ PROMPTS = [np.array([5], np.int32), np.array([1, 2, 3, 4, 5, 6, 7], np.int32), n
 
 
 @pytest.fixture(scope="module", params=[{}, {"window": 4, "kept_tokens": 1}, {"position": {"kind": "alibi"}}])
-def decoder(request):
+def decoder(request, drawn):
     mixer = {"kind": "attention", "heads": 2, **request.param}
     block = {"mixer": mixer, "ffn": {"kind": "mlp"}}
     spec = {
@@ -27,7 +27,7 @@ def decoder(request):
         "init_std": 0.6,
     }
     model = ModelSpec.model_validate(spec).build()
-    return Decoder(model, jax.jit(model.init)(jax.random.key(0)))
+    return Decoder(model, drawn(model))
 
 
 def made(decoder, prompts, count, sampling=GREEDY, **options):
@@ -66,11 +66,11 @@ def test_a_row_that_has_ended_repeats_the_end(decoder):
         assert after[:cut].tolist() == before[: min(cut, len(after))].tolist() and np.all(after[cut:] == end)
 
 
-def test_a_table_of_positions_bounds_prompt_and_continuation():
+def test_a_table_of_positions_bounds_prompt_and_continuation(drawn):
     block = {"mixer": {"kind": "attention", "heads": 2, "position": {"kind": "none"}}}
     spec = {"width": 16, "vocab_size": 23, "blocks": {"layer": block}, "layout": ["layer"], "learned_positions": 8}
     model = ModelSpec.model_validate(spec).build()
-    decoder = Decoder(model, jax.jit(model.init)(jax.random.key(0)))
+    decoder = Decoder(model, drawn(model))
     assert made(decoder, [PROMPTS[1]], 1).shape == (1, 1)
     with pytest.raises(ConfigError, match="prompt \\+ max_new_tokens: 9 tokens"):
         next(decoder.stream([PROMPTS[1]], 2, GREEDY))

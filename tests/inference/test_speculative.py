@@ -1,7 +1,5 @@
 """Drafted and verified decoding against decoding token by token, and against exact probabilities."""
 
-from functools import cache
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,9 +19,15 @@ PROMPTS = [np.array([5], np.int32), np.array([1, 2, 3, 4, 5, 6, 7], np.int32), n
 SIZES = {"native_sparse": {"block_size": 4, "selected_blocks": 2, "window": 4}}
 
 
-@cache
-def built(mixer, vocab=23):
-    return _model(mixer, vocab, {})
+@pytest.fixture(scope="module")
+def built(drawn):
+    """``built(mixer, vocab=23, **parts)`` → a model whose blocks have these parts, and its parameters."""
+
+    def make(mixer, vocab=23, **parts):
+        model = _model(mixer, vocab, parts)
+        return model, drawn(model)
+
+    return make
 
 
 def _model(mixer, vocab, parts):
@@ -38,8 +42,7 @@ def _model(mixer, vocab, parts):
         "repeats": 2,
         "init_std": 0.4,
     }
-    model = ModelSpec.model_validate(spec).build()
-    return model, jax.jit(model.init)(jax.random.key(0))
+    return ModelSpec.model_validate(spec).build()
 
 
 def part(model, params, **parts):
@@ -70,7 +73,7 @@ MIXERS = [
 
 
 @pytest.mark.parametrize("mixer", MIXERS)
-def test_greedy_tokens_are_those_of_the_whole_model(mixer):
+def test_greedy_tokens_are_those_of_the_whole_model(mixer, built):
     model, params = built(mixer)
     decoder = speculative(model, params, {"ffn": 0.5}, tokens=3)
     assert decoder.shared and takes_back(model) == (mixer in (ATTENTION, "multi_latent", "differential_attention"))
@@ -88,7 +91,7 @@ def test_greedy_tokens_are_those_of_the_whole_model(mixer):
     ],
     ids=["heads", "layers", "width"],
 )
-def test_a_draft_with_other_mixers_keeps_its_own_cache(mixer, parts):
+def test_a_draft_with_other_mixers_keeps_its_own_cache(mixer, parts, built):
     model, params = built(mixer)
     decoder = speculative(model, params, parts, tokens=2)
     assert not decoder.shared
@@ -103,15 +106,15 @@ def test_a_draft_with_other_mixers_keeps_its_own_cache(mixer, parts):
     ],
     ids=["depths", "experts"],
 )
-def test_blocks_that_choose_tokens_or_experts(block):
-    model, params = _model(ATTENTION, 23, block)
+def test_blocks_that_choose_tokens_or_experts(block, built):
+    model, params = built(ATTENTION, **block)
     parts = {"experts": 0.5} if "ffn" in block else {"ffn": 0.5}
     decoder = speculative(model, params, parts, tokens=3)
     assert decoder.shared
     np.testing.assert_array_equal(made(decoder, PROMPTS, 16), made(Decoder(model, params), PROMPTS, 16))
 
 
-def test_a_draft_like_the_whole_is_always_accepted():
+def test_a_draft_like_the_whole_is_always_accepted(built):
     model, params = built(ATTENTION)
     decoder = SpeculativeDecoder(model, params, [(model, params)], tokens=3)
     made(decoder, PROMPTS, 9, SamplingSpec(temperature=1.0))
@@ -121,7 +124,7 @@ def test_a_draft_like_the_whole_is_always_accepted():
     assert found.figures()["tokens_per_verification"] == 4 and "100.0 % of drafted" in str(found)
 
 
-def test_rows_end_by_themselves():
+def test_rows_end_by_themselves(built):
     model, params = built(ATTENTION)
     plain, decoder = Decoder(model, params), speculative(model, params, {"ffn": 0.5}, tokens=3)
     end = int(made(plain, PROMPTS, 20)[1, 6])
@@ -167,7 +170,7 @@ def excess(counts, chances):
     ],
     ids=["shared", "sizes", "own"],
 )
-def test_samples_have_the_distribution_of_the_whole_model(mixer, parts, sampling):
+def test_samples_have_the_distribution_of_the_whole_model(mixer, parts, sampling, built):
     model, params = built(mixer, VOCABULARY)
     sampling = SamplingSpec(**sampling)
     decoder = speculative(model, params, *parts, tokens=2, confidence=0.6)
@@ -183,7 +186,7 @@ def decoder_draft(decoder):
     return decoder.small[0], decoder.small_params[0]
 
 
-def test_a_draft_that_is_not_confident_leaves_the_token_to_a_larger_one():
+def test_a_draft_that_is_not_confident_leaves_the_token_to_a_larger_one(built):
     model, params = built(ATTENTION)
     plain = made(Decoder(model, params), PROMPTS, 20)
     shares = []
@@ -195,10 +198,10 @@ def test_a_draft_that_is_not_confident_leaves_the_token_to_a_larger_one():
     assert shares[0] == 1 and 0 < shares[1] < 1 and shares[2] == 0
 
 
-def test_what_cannot_be_verified_is_refused():
+def test_what_cannot_be_verified_is_refused(built):
     dispatch = {"capacity_factor": 1.0}
     moe = {"ffn": (("kind", "moe"), ("experts", 4), ("expert", {"kind": "mlp", "hidden": 16}), ("dispatch", dispatch))}
-    model, params = _model(ATTENTION, 23, moe)
+    model, params = built(ATTENTION, **moe)
     with pytest.raises(ConfigError, match="draft: tokens compete for the experts of model.blocks.layer.ffn"):
         speculative(model, params, {"experts": 0.5})
     model, params = built(ATTENTION)

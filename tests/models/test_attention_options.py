@@ -38,13 +38,11 @@ def attend(x, params, over, clip=np.inf):
     ("name", "over", "shape", "clip"),
     [("head", (2,), (8,), None), ("all", (1, 2), (2, 8), None), ("all", (1, 2), (2, 8), 0.5)],
 )
-def test_queries_and_keys_are_normed_over_one_head_or_all_and_clipped(name, over, shape, clip):
+def test_queries_and_keys_are_normed_over_one_head_or_all_and_clipped(name, over, shape, clip, drawn):
     options = {"qk_norm": {"kind": "rmsnorm"}, "qk_norm_over": name, "clip": clip, "position": {"kind": "none"}}
     spec = AttentionSpec(heads=4, kv_heads=2, **options)
     mixer = Blueprint(lambda: spec.build(WIDTH, Initialization()))
-    params = jax.tree.map(
-        lambda leaf: leaf + 0.3 * jax.random.normal(jax.random.key(2), leaf.shape), mixer.init(jax.random.key(0))
-    )
+    params = jax.tree.map(lambda leaf: leaf + 0.3 * jax.random.normal(jax.random.key(2), leaf.shape), drawn(mixer))
     assert params["key_norm"]["scale"].shape == shape
     x = jax.random.normal(jax.random.key(1), (1, TIME, WIDTH))
     got = jax.jit(lambda params, x: mixer(params)(x, Context.rows(1, TIME))[0])(params, x)
@@ -62,10 +60,10 @@ def test_a_norm_over_all_heads_declares_their_axes():
         model_of(qk_norm_over="all")
 
 
-def test_the_scale_may_differ_by_layer():
+def test_the_scale_may_differ_by_layer(drawn):
     assert [layer.mixer.scale for layer in model_of(scale=[0.5, None]).layers()] == [0.5, None]
     plain, same, other = (model_of(scale=scale).build() for scale in (None, [8**-0.5, 8**-0.5], [8**-0.5, 3.0]))
-    ids, params = jnp.arange(TIME)[None], jax.jit(plain.init)(jax.random.key(1))
+    ids, params = jnp.arange(TIME)[None], drawn(plain)
     layers = [jax.tree.map(lambda leaf, i=i: leaf[i : i + 1], params["stack"]["segment_0"]) for i in (0, 1)]
     apart = {**params, "stack": {f"segment_{i}": layer for i, layer in enumerate(layers)}}
     want = jax.jit(plain.logits)(params, ids)
@@ -73,13 +71,13 @@ def test_the_scale_may_differ_by_layer():
     assert np.abs(jax.jit(other.logits)(apart, ids) - want).max() > 1e-3
 
 
-def test_the_output_gate_multiplies_what_each_head_attended_to():
+def test_the_output_gate_multiplies_what_each_head_attended_to(drawn):
     spec = AttentionSpec(heads=4, kv_heads=2, output_gate=True)
     gated, plain = (
         Blueprint(lambda spec=spec: spec.build(WIDTH, Initialization()))
         for spec in (spec, AttentionSpec(heads=4, kv_heads=2))
     )
-    params = jax.jit(gated.init)(jax.random.key(0))
+    params = drawn(gated)
     x, rows = jax.random.normal(jax.random.key(1), (1, TIME, WIDTH)), Context.rows(1, TIME)
     gate = 1 / (1 + np.exp(-np.einsum("bte,ehd->bthd", x, params["gate"]["weight"])))
     # With an output map of one, what the heads attended to is read off.

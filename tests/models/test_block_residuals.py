@@ -20,10 +20,10 @@ def rms(x, scale):
 
 
 @pytest.mark.parametrize("place", ["stream", "post", "pre"])
-def test_factors_and_norms_by_the_formula(place):
+def test_factors_and_norms_by_the_formula(place, drawn):
     spec = BlockSpec.model_validate({**PARTS, **FACTORS, "norm_position": place})
     blueprint = Blueprint(lambda: spec.build(WIDTH, Initialization()))
-    params = jax.tree.map(lambda leaf: leaf * 1.5, blueprint.init(jax.random.key(0)))
+    params = jax.tree.map(lambda leaf: leaf * 1.5, drawn(blueprint))
     x = jax.random.normal(jax.random.key(1), (1, 5, WIDTH))
     block, want = blueprint(params), x
     for half, a, b in ((block.mixer, 2.5, 0.5), (block.ffn, 3.5, 1.5)):
@@ -36,12 +36,12 @@ def test_factors_and_norms_by_the_formula(place):
     np.testing.assert_allclose(block.mixer_input(x), source, rtol=1e-5)
 
 
-def test_one_factor_for_parallel_halves():
+def test_one_factor_for_parallel_halves(drawn):
     spec = BlockSpec.model_validate(
         {**PARTS, "residual": "parallel", "stream_multiplier": 2.0, "norm_position": "post"}
     )
     block = Blueprint(lambda: spec.build(WIDTH, Initialization()))
-    params, x = block.init(jax.random.key(0)), jax.random.normal(jax.random.key(1), (1, 5, WIDTH))
+    params, x = drawn(block), jax.random.normal(jax.random.key(1), (1, 5, WIDTH))
     built = block(params)
     want = rms(2 * x + built.mixer.inner(x, ROWS)[0] + built.ffn.inner(x, ROWS)[0], 1.0)
     np.testing.assert_allclose(built(x, ROWS)[0], want, rtol=2e-5, atol=2e-5)

@@ -95,10 +95,10 @@ def by_the_equations(spec, x, p):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_equals_its_equations(name):
+def test_equals_its_equations(name, drawn):
     spec = CASES[name].resolved(WIDTH)
     mixer = Blueprint(lambda: spec.build(WIDTH, Initialization()))
-    fresh = jax.jit(mixer.init)(jax.random.key(0))
+    fresh = drawn(mixer)
     keys = iter(jax.random.split(jax.random.key(1), 99))
     params = jax.tree.map(lambda leaf: leaf + 0.3 * jax.random.normal(next(keys), leaf.shape), fresh)
     x = jax.random.normal(jax.random.key(2), (2, TIME, WIDTH))
@@ -110,10 +110,10 @@ def test_equals_its_equations(name):
 
 
 @pytest.mark.parametrize("name", ["gated_delta_net", "kda"])
-def test_log_decay_is_what_the_state_loses(name):
+def test_log_decay_is_what_the_state_loses(name, drawn):
     spec = CASES[name]
     mixer = Blueprint(lambda: spec.build(WIDTH, Initialization()))
-    params = jax.jit(mixer.init)(jax.random.key(0))
+    params = drawn(mixer)
     x = jax.random.normal(jax.random.key(2), (1, TIME, WIDTH))
     found = np.asarray(mixer(params).log_decay(x, Context.rows(1, TIME)))[0]
     wide = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
@@ -122,11 +122,11 @@ def test_log_decay_is_what_the_state_loses(name):
     assert found.max() < 0
 
 
-def test_a_state_can_turn_only_with_negative_eigenvalues():
+def test_a_state_can_turn_only_with_negative_eigenvalues(drawn):
     """With one key that never changes, the eigenvalue of the state along it is 1 - β."""
     for negative, lowest in ((False, 0.0), (True, -1.0)):
         mixer = Blueprint(lambda n=negative: DeltaNetSpec(negative_eigenvalues=n).build(WIDTH, Initialization()))
-        params = jax.tree.map(lambda leaf: 1e3 * jnp.abs(leaf), jax.jit(mixer.init)(jax.random.key(0)))
+        params = jax.tree.map(lambda leaf: 1e3 * jnp.abs(leaf), drawn(mixer))
         beta = mixer(params)._strength(jnp.ones((1, 1, WIDTH)))
         np.testing.assert_allclose(1 - beta, lowest, atol=1e-6)
 

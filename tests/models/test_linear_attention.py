@@ -68,30 +68,30 @@ def test_positions_turn_queries_and_keys_before_the_map(build_mixer):
 def test_hedgehog_starts_from_the_identity_and_stays_finite():
     spec = HedgehogSpec(softmax=False)
     blueprint = Blueprint(lambda: spec.build(2, 3, Initialization()))
-    params = blueprint.init(jax.random.key(0))
+    params = jax.jit(blueprint.init)(jax.random.key(0))
     x = jnp.array([0.0, 1.0, 1e4]) * jnp.ones((1, 1, 2, 3))
     found = blueprint(params)(x)
     largest = np.exp(LARGEST_EXPONENT)
     np.testing.assert_allclose(found[0, 0, 1], [1, np.e, largest, 1, 1 / np.e, 1 / largest], rtol=1e-6)
 
 
-def test_a_query_that_no_key_resembles_gets_nothing():
+def test_a_query_that_no_key_resembles_gets_nothing(drawn):
     spec = LinearAttentionSpec.model_validate(
         {"heads": 1, "key_size": 2, "value_size": 2, "feature_map": {"kind": "relu"}}
     )
     module = Blueprint(lambda: spec.build(2, Initialization()))
-    params = jax.tree.map(jnp.ones_like, module.init(jax.random.key(0)))
+    params = jax.tree.map(jnp.ones_like, drawn(module))
     params["query_key"]["weight"] = params["query_key"]["weight"].at[:, 0].set(-1)
     y = module(params)(jnp.ones((1, 3, 2)), Context.rows(1, 3))[0]
     assert np.all(np.asarray(y) == 0)
 
 
 @pytest.mark.parametrize("kind", ["elu", "taylor", "hedgehog"])
-def test_queries_of_any_size_are_answered(kind):
+def test_queries_of_any_size_are_answered(kind, drawn):
     """Features of 1e-30, and those whose products would overflow, still weigh equal keys equally."""
     spec = LinearAttentionSpec.model_validate({"heads": 1, "key_size": 1, "feature_map": {"kind": kind}})
     module = Blueprint(lambda: spec.build(2, Initialization()))
-    params = jax.tree.map(jnp.ones_like, module.init(jax.random.key(0)))
+    params = jax.tree.map(jnp.ones_like, drawn(module))
     x = jnp.array([[[1.0, 2.0], [1.0, 4.0], [1.0, 6.0]]])
 
     @jax.jit

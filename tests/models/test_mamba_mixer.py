@@ -15,11 +15,10 @@ WIDTH, TIME = 24, 9
 
 
 @pytest.fixture(scope="module")
-def built():
+def built(drawn):
     spec = MambaMixerSpec(group=4, token={"state_size": 4}, channel={"state_size": 4})
     blueprint = Blueprint(lambda: spec.build(WIDTH, Initialization()))
-    start = blueprint.init(jax.random.key(0))
-    params = jax.tree.map(lambda a: a + 0.3 * jax.random.normal(jax.random.key(a.size), a.shape), start)
+    params = drawn(blueprint, 0.3)
     x = jax.random.normal(jax.random.key(1), (1, TIME, WIDTH))
     return blueprint, params, x
 

@@ -105,11 +105,11 @@ def test_hgrn2_equals_its_equations(build_mixer, layer):
 
 
 @pytest.mark.parametrize("kind", ["lightning", "hgrn2"])
-def test_layers_that_differ_by_depth_alone_share_one_program(kind):
+def test_layers_that_differ_by_depth_alone_share_one_program(kind, drawn):
     block = {"mixer": {"kind": kind, "heads": 2, "implementation": "reference"}}
     spec = {"width": 16, "vocab_size": 31, "blocks": {"a": block}, "layout": ["a"], "repeats": 3, "init_std": 0.5}
     scanned, unrolled = (ModelSpec.model_validate({**spec, "scan": scan}).build() for scan in (True, False))
-    params, ids = jax.jit(scanned.init)(jax.random.key(0)), jnp.arange(20)[None] % 31
+    params, ids = drawn(scanned), jnp.arange(20)[None] % 31
     assert len(scanned.stack.segments) == 1
     want = jax.jit(unrolled.logits)(params, ids)
     np.testing.assert_allclose(jax.jit(scanned.logits)(params, ids), want, atol=2e-5 * float(jnp.abs(want).max()))

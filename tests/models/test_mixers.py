@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.flatten_util import ravel_pytree
 
 import efficient_lm.models.block  # noqa: F401  (registers every kind)
 from efficient_lm.models.context import Context
@@ -26,15 +25,14 @@ DOCUMENTS = (1, 20, 33, 1, 12)
 class Mixer:
     """A kind with parameters large enough that every part of it matters, and its compiled programs."""
 
-    def __init__(self, kind, **options):
+    def __init__(self, drawn, kind, **options):
         found = MixerSpec.kinds[kind]
         chunk = {"chunk_size": 16} if "chunk_size" in found.model_fields else {}
         self.spec = found(**chunk, **options)
         assert not list(self.spec.faults(WIDTH)), "the defaults must fit a small width"
         self.spec = self.spec.resolved(WIDTH)
         self.blueprint = Blueprint(lambda: self.spec.build(WIDTH, Initialization()))
-        flat, unflatten = ravel_pytree(self.blueprint.init(jax.random.key(0)))
-        self.params = unflatten(flat + 0.1 * jax.random.normal(jax.random.key(1), flat.shape))
+        self.params = drawn(self.blueprint, 0.1)
         self.rows = jax.jit(lambda x, context: self.blueprint(self.params)(x, context)[0])
         self.slopes = jax.jit(jax.value_and_grad(self.total, argnums=(0, 1)))
         self.piece = jax.jit(lambda x, context, cache: self.blueprint(self.params)(x, context, cache))
@@ -56,9 +54,9 @@ class Mixer:
         return jnp.concatenate(made, axis=1)
 
 
-@functools.cache
-def mixer_of(kind):
-    return Mixer(kind)
+@pytest.fixture(scope="module")
+def mixer_of(drawn):
+    return functools.cache(functools.partial(Mixer, drawn))
 
 
 def inputs(batch=1, key=3, scale=1.0):
@@ -89,12 +87,12 @@ def check_close(got, want, tolerance=2e-5):
 
 
 @pytest.fixture(params=KINDS)
-def mixer(request):
+def mixer(request, mixer_of):
     return mixer_of(request.param)
 
 
 @pytest.fixture(params=CAUSAL)
-def causal(request):
+def causal(request, mixer_of):
     return mixer_of(request.param)
 
 
@@ -162,9 +160,9 @@ def test_gradients_are_finite_at_any_scale(mixer):
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if "implementation" in MixerSpec.kinds[kind].model_fields])
-def test_the_chunked_form_equals_the_reference(kind):
+def test_the_chunked_form_equals_the_reference(kind, mixer_of, drawn):
     """The chunked form is what runs where nothing is said."""
-    by_tokens, chunked = Mixer(kind, implementation="reference"), mixer_of(kind)
+    by_tokens, chunked = Mixer(drawn, kind, implementation="reference"), mixer_of(kind)
     x, weights = inputs(), inputs(key=9)
     (want, wanted), (got, gotten) = (mixer.slopes(mixer.params, x, weights) for mixer in (by_tokens, chunked))
     check_close(got, want)
@@ -179,7 +177,7 @@ def test_costs_are_counted(mixer):
     assert 0.5 * weights < flops[0] <= flops[1], "each weight is read at least about once per token"
 
 
-def test_a_bidirectional_mixer_refuses_a_cache():
+def test_a_bidirectional_mixer_refuses_a_cache(mixer_of):
     for kind in set(KINDS) - set(CAUSAL):
         mixer = mixer_of(kind)
         with pytest.raises(ValueError, match="bidirectional"):

@@ -23,18 +23,15 @@ def spec_of(block=BLOCK, **rule):
     return validate(BlockSpec, {**block, "depth": {"kind": "mixture_of_depths", "capacity": 0.25, **rule}})
 
 
-def built(spec, key=0):
-    """A block's blueprint, and parameters that all matter."""
-    blueprint = Blueprint(lambda: spec.build(WIDTH, Initialization()))
+@pytest.fixture
+def built(bold):
+    """``built(spec)`` → a block's blueprint, and parameters that all matter."""
 
-    def draw(key):
-        drawn = blueprint.init(key)
-        leaves, shape = jax.tree.flatten(drawn)
-        keys = jax.random.split(jax.random.fold_in(key, 1), len(leaves))
-        moved = [leaf + 0.3 * jax.random.normal(k, leaf.shape) for leaf, k in zip(leaves, keys, strict=True)]
-        return jax.tree.unflatten(shape, moved)
+    def make(spec):
+        blueprint = Blueprint(lambda: spec.build(WIDTH, Initialization()))
+        return blueprint, bold(blueprint)
 
-    return blueprint, jax.jit(draw)(jax.random.key(key))
+    return make
 
 
 def packed():
@@ -78,7 +75,7 @@ TANH_NORM = {"weight": "tanh", "weight_scale": 0.2, "weight_offset": 1.0}
         ({**TANH_NORM, "symmetric": True}, tanh_norm, tanh_norm),
     ],
 )
-def test_equal_to_a_loop_over_rows_and_documents(rule, weight, passing):
+def test_equal_to_a_loop_over_rows_and_documents(rule, weight, passing, built):
     spec = spec_of(**rule)
     blueprint, params = built(spec)
     x, context = stream(), packed()
@@ -110,7 +107,7 @@ def test_equal_to_a_loop_over_rows_and_documents(rule, weight, passing):
 
 
 @pytest.mark.parametrize("rule", [{"weight": "none", "decide": "router"}, {**TANH_NORM, "weight_scale": 1e-9}])
-def test_whole_capacity_and_unit_weights_are_the_plain_block(rule):
+def test_whole_capacity_and_unit_weights_are_the_plain_block(rule, built):
     spec = spec_of(capacity=1.0, **rule)
     blueprint, params = built(spec)
     plain = Blueprint(lambda: spec.model_copy(update={"depth": None}).build(WIDTH, Initialization()))
@@ -125,7 +122,7 @@ def test_whole_capacity_and_unit_weights_are_the_plain_block(rule):
     np.testing.assert_allclose(routed, whole, rtol=1e-6, atol=1e-6)
 
 
-def test_gradients_reach_the_router_and_end_before_the_stream_at_the_predictor():
+def test_gradients_reach_the_router_and_end_before_the_stream_at_the_predictor(built):
     blueprint, params = built(spec_of(decision_loss=1.0))
 
     @jax.jit
@@ -145,7 +142,7 @@ def test_gradients_reach_the_router_and_end_before_the_stream_at_the_predictor()
     assert not np.any(of_stream) and not np.any(of_loss["depth"]["router"]["weight"])
 
 
-def test_padding_has_no_part():
+def test_padding_has_no_part(built):
     """What padding holds changes nothing, and it is left as it is; figures and the loss are of real tokens."""
     blueprint, params = built(spec_of(decide="router", decision_loss=1.0))
     context, x = packed(), stream()
@@ -165,13 +162,23 @@ def test_padding_has_no_part():
     assert not ran[~real].any()
 
 
-def model_of(mixer, repeats=2, **rule):
+@pytest.fixture
+def model_of(drawn):
+    """``model_of(mixer, repeats=2, **rule)`` → a model and its parameters."""
+
+    def make(mixer, repeats=2, **rule):
+        model = _model(mixer, repeats, rule)
+        return model, drawn(model, seed=3)
+
+    return make
+
+
+def _model(mixer, repeats, rule):
     block = {"mixer": mixer, "ffn": {"kind": "mlp", "hidden": 24}}
     rule = {"kind": "mixture_of_depths", "capacity": 0.3, "every": 2, "decide": "router", **rule}
     blocks = {"layer": {**block, "depth": rule}}
     values = {"width": WIDTH, "vocab_size": 19, "blocks": blocks, "layout": ["layer"], "repeats": repeats}
-    model = validate(ModelSpec, {**values, "init_std": 0.5, "embedding_std": 1.0}).build()
-    return model, jax.jit(model.init)(jax.random.key(3))
+    return validate(ModelSpec, {**values, "init_std": 0.5, "embedding_std": 1.0}).build()
 
 
 def in_pieces(model, params, tokens, context, prompt):
@@ -205,7 +212,7 @@ MIXERS = [
 
 
 @pytest.mark.parametrize("mixer", MIXERS, ids=lambda mixer: mixer["kind"])
-def test_a_cache_gives_what_rows_with_decisions_of_their_own_give(mixer):
+def test_a_cache_gives_what_rows_with_decisions_of_their_own_give(mixer, model_of):
     model, params = model_of(mixer, selection="causal")
     tokens = jax.random.randint(jax.random.key(1), (2, TIME), 0, 19)
     segments = jnp.asarray([[1] * TIME, [0] * 6 + [1] * (TIME - 6)], jnp.int32)
@@ -226,7 +233,7 @@ def test_a_cache_gives_what_rows_with_decisions_of_their_own_give(mixer):
     np.testing.assert_array_equal(left, model.layers[1].depth.budget(TIME) - ran.sum(axis=1))
 
 
-def test_decoding_is_top_k_where_decisions_are_membership():
+def test_decoding_is_top_k_where_decisions_are_membership(model_of):
     """With a router's bias between the scores of the k-th token and the next, decisions and top-k are the same."""
     model, params = model_of(BLOCK["mixer"])
     causal = validate(ModelSpec, model.spec.dump()).decided("causal").build()
@@ -245,7 +252,7 @@ def test_decoding_is_top_k_where_decisions_are_membership():
     np.testing.assert_allclose(jax.jit(causal.logits)(params, tokens), whole, rtol=1e-4, atol=1e-4)
 
 
-def test_a_full_cache_lets_tokens_pass():
+def test_a_full_cache_lets_tokens_pass(model_of):
     model, params = model_of(BLOCK["mixer"], capacity=0.05, slack=0.0, selection="causal")
     time, budget = 48, 3 + 32
     assert model.layers[1].depth.budget(time) == budget
@@ -268,7 +275,7 @@ def test_a_full_cache_lets_tokens_pass():
     assert cache["left"].tolist() == [[0]] and cache["block"]["key"].shape[2] == budget
 
 
-def test_a_window_reaches_over_passing_tokens_by_position():
+def test_a_window_reaches_over_passing_tokens_by_position(built):
     """Of two selected tokens far apart, neither sees the other through a window, though they are neighbours."""
     spec = spec_of({"mixer": {"kind": "attention", "heads": 1, "window": 4}}, capacity=2 / TIME, weight="identity")
     blueprint, params = built(spec)

@@ -71,11 +71,11 @@ def test_decisions_learn_what_top_k_says(decide, weight):
     assert abs(loss(model.spec.decided("causal")) / loss(model.spec) - 1) < 0.01
 
 
-def test_around_a_mixture_of_experts():
+def test_around_a_mixture_of_experts(drawn):
     """Staged MoDE: the tokens that run a block are those that its experts see; records are of whole rows."""
     ffn = {"kind": "moe", "experts": 4, "top_k": 2, "expert": {"kind": "swiglu", "hidden": 16}}
     model = model_of({"kind": "mixture_of_depths", "capacity": 0.25}, ffn, repeats=1)
-    params, tokens = jax.jit(model.init)(jax.random.key(0)), batch_of(jax.random.key(0), 2)["tokens"]
+    params, tokens = drawn(model), batch_of(jax.random.key(0), 2)["tokens"]
     rows = Context.rows(2, TIME)
     context = Context(rows.positions, rows.segment_ids, record=True)
 

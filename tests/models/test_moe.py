@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.flatten_util import ravel_pytree
 
 from efficient_lm.errors import ConfigError
 from efficient_lm.models.context import Context
@@ -35,14 +34,17 @@ def spec_of(**options):
     return MoESpec.model_validate({"kind": "moe", "expert": EXPERT, **options})
 
 
-@functools.cache
-def built(case):
-    """Spec, blueprint, bold parameters, and the program of value, results and gradients."""
+@pytest.fixture(scope="module")
+def built(bold):
+    """``built(case)`` → spec, parameters, and the program of value, results and gradients."""
+    return functools.cache(functools.partial(_built, bold))
+
+
+def _built(bold, case):
     spec = spec_of(balance={"load_balance": 0.0}, **CASES[case])
     assert not list(spec.faults(WIDTH))
     blueprint = Blueprint(lambda: spec.build(WIDTH, Initialization()))
-    flat, unflatten = ravel_pytree(blueprint.init(jax.random.key(0)))
-    params = unflatten(flat + 0.3 * jax.random.normal(jax.random.key(1), flat.shape))
+    params = bold(blueprint)
 
     @jax.jit
     @functools.partial(jax.grad, argnums=(0, 1), has_aux=True)
@@ -99,7 +101,7 @@ def loop(spec, params, x, segments):
 
 @pytest.mark.parametrize("bias", BIASES)
 @pytest.mark.parametrize("case", CASES)
-def test_equals_the_loop_over_experts(case, bias):
+def test_equals_the_loop_over_experts(case, bias, built):
     spec, params, run = built(case)
     params = biased(params, BIASES[bias])
     x, pull = (jax.random.normal(jax.random.key(key), (BATCH, TIME, WIDTH)) for key in (2, 3))
@@ -123,7 +125,7 @@ def test_equals_the_loop_over_experts(case, bias):
     assert {"hot": load[0] == 15, "empty": case == "all" or empty[1:3].any() or spec.top_k == 3}.get(bias, True)
 
 
-def test_padding_goes_nowhere():
+def test_padding_goes_nowhere(built):
     spec, params, run = built("softmax")
     x, pull = (jax.random.normal(jax.random.key(key), (BATCH, TIME, WIDTH)) for key in (2, 3))
     other = jnp.where(SEGMENTS[..., None] == 0, 1e3, x)
@@ -142,12 +144,11 @@ DENSE = [kind for kind, found in FFNSpec.kinds.items() if issubclass(found, Dens
 
 
 @pytest.mark.parametrize(("kind", "options"), [(kind, {}) for kind in DENSE] + [("swiglu", {"ternary": True})])
-def test_any_dense_kind_is_an_expert(kind, options):
+def test_any_dense_kind_is_an_expert(kind, options, drawn):
     spec = FFNSpec.lookup(kind).model_validate({"kind": kind, "hidden": HIDDEN, "bias": True, **options})
     several = Blueprint(lambda: spec.build(WIDTH, Initialization(), 3))
     one = Blueprint(lambda: spec.build(WIDTH, Initialization()))
-    flat, unflatten = ravel_pytree(several.init(jax.random.key(0)))
-    params = unflatten(flat + 0.1 * jax.random.normal(jax.random.key(1), flat.shape))
+    params = drawn(several, 0.1)
     x = jax.random.normal(jax.random.key(2), (6, WIDTH))
 
     @jax.jit

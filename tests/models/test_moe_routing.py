@@ -25,7 +25,7 @@ CONTEXT = Context(jnp.zeros((BATCH, TIME), jnp.int32), jnp.asarray(SEGMENTS), re
 class Mixture:
     """A mixture of experts with its input, result and what was seen; `expert(e)` is what expert e makes of x."""
 
-    def __init__(self, lean=0.0, **options):
+    def __init__(self, drawn, lean=0.0, **options):
         router = {"bias": True, **options.pop("router", {})}
         values = {
             "kind": "moe",
@@ -37,7 +37,7 @@ class Mixture:
         self.spec = MoESpec.model_validate(values)
         assert not list(self.spec.faults(WIDTH))
         self.blueprint = Blueprint(lambda: self.spec.build(WIDTH, Initialization()))
-        self.params = self.blueprint.init(jax.random.key(0))
+        self.params = drawn(self.blueprint)
         bias = lean * jnp.arange(self.spec.routed, dtype=jnp.float32)
         self.params["router"]["bias"] = bias
         self.x = jax.random.normal(jax.random.key(1), (BATCH, TIME, WIDTH))
@@ -56,15 +56,21 @@ class Mixture:
         return sum(weights[..., number, None] * self.expert(number) for number in range(EXPERTS))
 
 
+@pytest.fixture
+def mixture_of(drawn):
+    """``mixture_of(lean=0.0, **options)`` → `Mixture`."""
+    return functools.partial(Mixture, drawn)
+
+
 def close(got, wanted):
     np.testing.assert_allclose(got, wanted, atol=3e-6 * np.abs(wanted).max(), rtol=1e-4)
 
 
 @pytest.mark.parametrize("group_score", ["best", "best_two"])
-def test_a_token_takes_its_experts_from_its_best_groups(group_score):
+def test_a_token_takes_its_experts_from_its_best_groups(group_score, drawn):
     spec = RouterSpec(scores="sigmoid", correction=True, groups=4, top_groups=2, group_score=group_score)
     router = Blueprint(lambda: Router(spec, WIDTH, 12, Initialization()))
-    params = router.init(jax.random.key(0)) | {"correction": 0.3 * jax.random.normal(jax.random.key(1), (12,))}
+    params = drawn(router) | {"correction": 0.3 * jax.random.normal(jax.random.key(1), (12,))}
     scores = jax.nn.sigmoid(jax.random.normal(jax.random.key(2), (1, 40, 12)))
     routes, weights = router(params).choice(scores, 3)
     ranking = np.asarray(scores + params["correction"])[0]
@@ -76,8 +82,8 @@ def test_a_token_takes_its_experts_from_its_best_groups(group_score):
 
 
 @pytest.mark.parametrize("over", ["sequence", "batch"])
-def test_a_capacity_drops_exactly_the_routes_it_says(over):
-    mixture = Mixture(lean=0.7, top_k=2, dispatch={"capacity_factor": 0.8, "over": over})
+def test_a_capacity_drops_exactly_the_routes_it_says(over, mixture_of):
+    mixture = mixture_of(lean=0.7, top_k=2, dispatch={"capacity_factor": 0.8, "over": over})
     places = math.ceil(0.8 * 2 * (TIME if over == "sequence" else BATCH * TIME) / EXPERTS)
     routes = np.where(LIVE[..., None], np.argsort(-mixture.scores, axis=-1)[..., :2], -1)
     dropped, taken = np.zeros(routes.shape, bool), {}
@@ -101,15 +107,15 @@ def test_a_capacity_drops_exactly_the_routes_it_says(over):
     np.testing.assert_array_equal(mixture.seen["routed_by_position"], 2 * LIVE.reshape(BATCH, 8, -1).sum((0, 2)))
 
 
-def test_a_capacity_that_suffices_drops_nothing():
-    dropless, bounded = Mixture(), Mixture(dispatch={"capacity_factor": EXPERTS / 2})
+def test_a_capacity_that_suffices_drops_nothing(mixture_of):
+    dropless, bounded = mixture_of(), mixture_of(dispatch={"capacity_factor": EXPERTS / 2})
     close(bounded.y, dropless.y)
     assert bounded.seen["dropped_share"] == 0
 
 
 @pytest.mark.parametrize("over", ["sequence", "batch"])
-def test_experts_choose_their_best_tokens(over):
-    mixture = Mixture(choice="expert", top_k=1, balance={"load_balance": 0}, dispatch={"over": over})
+def test_experts_choose_their_best_tokens(over, mixture_of):
+    mixture = mixture_of(choice="expert", top_k=1, balance={"load_balance": 0}, dispatch={"over": over})
     scores = np.where(LIVE[..., None], mixture.scores, -1.0)
     parts = scores if over == "sequence" else scores.reshape(1, -1, EXPERTS)
     places = parts.shape[1] // EXPERTS
@@ -125,8 +131,8 @@ def test_experts_choose_their_best_tokens(over):
     assert mixture.seen["dropped_share"] == pytest.approx(left.sum() / LIVE.sum())
 
 
-def test_experts_that_compute_nothing():
-    mixture = Mixture(top_k=3, zero_experts={"zeros": 1, "copies": 2, "constants": 2, "share": 0.5})
+def test_experts_that_compute_nothing(mixture_of):
+    mixture = mixture_of(top_k=3, zero_experts={"zeros": 1, "copies": 2, "constants": 2, "share": 0.5})
     routes = np.argsort(-mixture.scores, axis=-1)[..., :3]
     weights = np.zeros(mixture.scores.shape)
     np.put_along_axis(weights, routes, np.take_along_axis(mixture.scores, routes, -1), -1)
@@ -182,8 +188,8 @@ def test_the_balance_loss_is_of_each_part(over, packed, parts):
     assert float(got) == pytest.approx(balance_loss(parts), rel=1e-5)
 
 
-def test_losses_are_weighted_and_see_no_padding():
-    mixture = Mixture(lean=0.5, balance={"load_balance": 0.5, "router_z": 0.25})
+def test_losses_are_weighted_and_see_no_padding(mixture_of):
+    mixture = mixture_of(lean=0.5, balance={"load_balance": 0.5, "router_z": 0.25})
     logits = np.asarray(mixture.x @ mixture.params["router"]["weight"]) + 0.5 * np.arange(EXPERTS)
     squares = np.log(np.exp(logits).sum(-1)) ** 2
     assert float(mixture.losses["router_z"]) == pytest.approx(0.25 * squares[LIVE].mean(), rel=1e-5)
@@ -196,8 +202,8 @@ def test_losses_are_weighted_and_see_no_padding():
     assert mixture.seen["load_imbalance"] == pytest.approx(EXPERTS * loads.max(), rel=1e-5)
 
 
-def test_the_correction_makes_loads_equal():
-    mixture = Mixture(
+def test_the_correction_makes_loads_equal(mixture_of):
+    mixture = mixture_of(
         lean=0.5, router={"scores": "sigmoid", "correction": True}, balance={"load_balance": 0, "correction_rate": 0.02}
     )
 
@@ -217,8 +223,8 @@ def test_the_correction_makes_loads_equal():
     assert moved[0] > 0 > moved[-1]
 
 
-def test_the_router_is_float32_under_bfloat16():
-    mixture = Mixture(top_k=3)
+def test_the_router_is_float32_under_bfloat16(mixture_of):
+    mixture = mixture_of(top_k=3)
     x = mixture.x.astype(jnp.bfloat16)
     run = jax.jit(functools.partial(lambda params, x: mixture.blueprint(params)(x, CONTEXT)))
     (narrow, seen), (wide, wanted) = run(mixture.params, x), run(mixture.params, x.astype(jnp.float32))

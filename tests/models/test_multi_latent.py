@@ -28,12 +28,16 @@ CASES = {
 }  # fmt: skip
 
 
-def built(name):
-    spec = CASES[name]
-    mixer = Blueprint(lambda: spec.build(WIDTH, Initialization()))
-    fresh = jax.jit(mixer.init)(jax.random.key(0))
-    keys = iter(jax.random.split(jax.random.key(1), 99))
-    return mixer, jax.tree.map(lambda leaf: leaf + 0.3 * jax.random.normal(next(keys), leaf.shape), fresh)
+@pytest.fixture
+def built(bold):
+    """``built(name)`` → the mixer of a case, and its parameters."""
+
+    def make(name):
+        spec = CASES[name]
+        mixer = Blueprint(lambda: spec.build(WIDTH, Initialization()))
+        return mixer, bold(mixer)
+
+    return make
 
 
 def linear(x, p):
@@ -75,7 +79,7 @@ def by_the_equations(spec, x, p):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_training_and_decoding_equal_the_equations(name):
+def test_training_and_decoding_equal_the_equations(name, built):
     """Decoding goes another way: it looks at latents, in pieces of one token and of several."""
     mixer, params = built(name)
     x = jax.random.normal(jax.random.key(2), (2, TIME, WIDTH))
@@ -106,7 +110,7 @@ def test_the_cache_holds_latents_only():
     assert 14 * cache["latent"].size < full["key"].size + full["value"].size
 
 
-def test_entropy_is_of_the_weights():
+def test_entropy_is_of_the_weights(built):
     mixer, params = built("plain")
     x = jax.random.normal(jax.random.key(2), (1, TIME, WIDTH))
     found = mixer(params).entropy(x, Context.rows(1, TIME))

@@ -20,11 +20,10 @@ MIXER = Blueprint(lambda: SPEC.build(WIDTH, Initialization()))
 
 
 @pytest.fixture(scope="module")
-def params():
-    fresh = jax.jit(MIXER.init)(jax.random.key(0))
+def params(drawn):
+    fresh = drawn(MIXER)
     assert np.all(np.asarray(fresh["compression"]) == 1 / BLOCK), "compressed keys start as the mean"
-    keys = iter(jax.random.split(jax.random.key(1), 9))
-    return jax.tree.map(lambda leaf: 1.5 * leaf + 0.3 * jax.random.normal(next(keys), leaf.shape), fresh)
+    return jax.tree.map(lambda leaf: 1.5 * leaf, drawn(MIXER, 0.2))
 
 
 def inputs(time=TIME):

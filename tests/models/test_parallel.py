@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.flatten_util import ravel_pytree
 
 from efficient_lm.errors import ConfigError
 from efficient_lm.models.context import Context
@@ -22,19 +21,19 @@ THREE = {
 }
 
 
-def built(options):
-    spec = ParallelSpec.model_validate(options).resolved(WIDTH)
-    blueprint = Blueprint(lambda: spec.build(WIDTH, Initialization()))
+@pytest.fixture
+def built(bold):
+    """``built(options)`` → spec, blueprint and parameters."""
 
-    @jax.jit
-    def make(key):
-        flat, unflatten = ravel_pytree(blueprint.init(key))
-        return unflatten(flat + 0.2 * jax.random.normal(jax.random.fold_in(key, 1), flat.shape))
+    def make(options):
+        spec = ParallelSpec.model_validate(options).resolved(WIDTH)
+        blueprint = Blueprint(lambda: spec.build(WIDTH, Initialization()))
+        return spec, blueprint, bold(blueprint, 0.2)
 
-    return spec, blueprint, make(jax.random.key(0))
+    return make
 
 
-def test_is_the_weighted_sum_of_its_branches():
+def test_is_the_weighted_sum_of_its_branches(built):
     spec, blueprint, params = built(THREE)
     x, rows = jax.random.normal(jax.random.key(2), (2, TIME, WIDTH)), Context.rows(2, TIME)
 
@@ -50,7 +49,7 @@ def test_is_the_weighted_sum_of_its_branches():
     assert set(params) == {"first", "second", "third"}
 
 
-def test_the_cache_is_flat_and_every_leaf_begins_with_the_batch():
+def test_the_cache_is_flat_and_every_leaf_begins_with_the_batch(built):
     _, blueprint, params = built(THREE)
     cache = blueprint(params).init_cache(3, 40, jnp.bfloat16)
     assert {name.split(".")[0] for name in cache} == {"first", "second", "third"}
@@ -59,7 +58,7 @@ def test_the_cache_is_flat_and_every_leaf_begins_with_the_batch():
     assert cache["first.state"].dtype == jnp.float32 and cache["second.key"].dtype == jnp.bfloat16
 
 
-def test_diagnostics_read_the_branch_that_has_them():
+def test_diagnostics_read_the_branch_that_has_them(built):
     _, blueprint, params = built(THREE)
     module, x, rows = blueprint(params), jnp.ones((1, TIME, WIDTH)), Context.rows(1, TIME)
     decay = module.log_decay(x, rows)

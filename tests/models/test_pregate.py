@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.flatten_util import ravel_pytree
 
 from efficient_lm.errors import ConfigError
 from efficient_lm.models.context import Context
@@ -29,14 +28,9 @@ def values(gate, ffn=FFN, **options):
 class Made:
     """A model, parameters that all matter, and its logits of two rows."""
 
-    def __init__(self, gate):
+    def __init__(self, bold, gate):
         self.model = ModelSpec.model_validate(values(gate)).build()
-
-        def draw(key):
-            flat, unflatten = ravel_pytree(self.model.init(key))
-            return unflatten(flat + 0.3 * jax.random.normal(jax.random.fold_in(key, 1), flat.shape))
-
-        self.params = jax.jit(draw)(jax.random.key(0))
+        self.params = bold(self.model)
         self.tokens = jax.random.randint(jax.random.key(7), (2, TIME), 0, VOCAB)
         self.run = jax.jit(lambda params, tokens, context, caches: self.model.hidden(params, tokens, context, caches))
         self.hidden, _, self.auxiliary = self.run(self.params, self.tokens, self.context(slice(0, TIME)), None)
@@ -47,8 +41,8 @@ class Made:
 
 
 @pytest.fixture(scope="module", params=GATES)
-def made(request):
-    return Made(GATES[request.param])
+def made(request, bold):
+    return Made(bold, GATES[request.param])
 
 
 def test_pieces_from_a_cache_are_the_whole_row(made):
@@ -79,8 +73,8 @@ def test_every_layer_takes_the_same_experts(made):
     np.testing.assert_array_equal(again.observed["segment_0"]["layer_0"]["routes"], routes)
 
 
-def test_every_parameter_has_a_gradient():
-    made = Made(GATES["attention"])
+def test_every_parameter_has_a_gradient(bold):
+    made = Made(bold, GATES["attention"])
     loss = jax.jit(jax.grad(lambda params: jnp.sum(made.model.logits(params, made.tokens) ** 2)))
     gradients = loss(made.params)
     assert all(float(jnp.abs(leaf).max()) > 0 for leaf in jax.tree.leaves(gradients["pregate"]))
@@ -89,8 +83,8 @@ def test_every_parameter_has_a_gradient():
     )
 
 
-def test_documents_packed_together_choose_as_if_alone():
-    made = Made(GATES["attention"])
+def test_documents_packed_together_choose_as_if_alone(bold):
+    made = Made(bold, GATES["attention"])
     segments = jnp.array([[1] * 5 + [2] * 9] * 2, jnp.int32)
     positions = jnp.array([[*range(5), *range(9)]] * 2, jnp.int32)
     packed, _, _ = made.run(made.params, made.tokens, Context(positions, segments, record=True), None)

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.flatten_util import ravel_pytree
 
 from efficient_lm.inference.decoding import Decoder
 from efficient_lm.inference.sampling import SamplingSpec
@@ -27,9 +26,8 @@ def model():
 
 
 @pytest.fixture(scope="module")
-def params(model):
-    flat, unflatten = ravel_pytree(jax.jit(model.init)(jax.random.key(0)))
-    params = unflatten(flat + 0.3 * jax.random.normal(jax.random.key(1), flat.shape))
+def params(model, bold):
+    params = bold(model)
     router = params["stack"]["segment_0"]["layer_0"]["depth"]
     router["weight"], router["bias"] = 6 * router["weight"], jnp.zeros(4)
     return params

@@ -10,9 +10,9 @@ from efficient_lm.models.layers.ternary import TernaryLinear
 from efficient_lm.models.parameters import Blueprint, Initialization
 
 
-def test_ternary_maps_are_exact_in_bfloat16_and_gradients_pass_the_rounding():
+def test_ternary_maps_are_exact_in_bfloat16_and_gradients_pass_the_rounding(drawn):
     blueprint = Blueprint(lambda: TernaryLinear({"embed": 64}, {"mlp": 5}, init=Initialization()))
-    params = blueprint.init(jax.random.key(0))
+    params = drawn(blueprint)
     x = jnp.round(127 * jax.random.uniform(jax.random.key(1), (9, 64), minval=-1)).at[:, 0].set(127.0)
     wide, narrow = (blueprint(params)(x.astype(dtype)) for dtype in ("float32", "bfloat16"))
     np.testing.assert_allclose(narrow.astype(jnp.float32), wide, rtol=2**-7, atol=0)
@@ -24,10 +24,10 @@ def test_ternary_maps_are_exact_in_bfloat16_and_gradients_pass_the_rounding():
     assert len(levels) == 3, "a single input finds three weights"
 
 
-def test_a_ternary_channel_mixer_is_made_of_such_maps():
+def test_a_ternary_channel_mixer_is_made_of_such_maps(drawn):
     spec = SwiGLUSpec(hidden=24, ternary=True)
     blueprint = Blueprint(lambda: spec.build(16, Initialization()))
-    params, x = blueprint.init(jax.random.key(0)), jax.random.normal(jax.random.key(1), (1, 5, 16))
+    params, x = drawn(blueprint), jax.random.normal(jax.random.key(1), (1, 5, 16))
     y = blueprint(params)(x, Context.rows(1, 5))[0]
     up = Blueprint(lambda: TernaryLinear({"embed": 16}, {"gate_up": 2, "mlp": 24}, batch=1, init=Initialization()))
     down = Blueprint(lambda: TernaryLinear({"mlp": 24}, {"embed": 16}, init=Initialization()))

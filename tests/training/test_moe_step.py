@@ -36,9 +36,9 @@ def batch():
     return {"tokens": tokens, "targets": tokens, "segment_ids": segments, "positions": positions, "weights": weights}
 
 
-def test_a_step_trains_experts_and_moves_the_correction_by_all_its_counts():
+def test_a_step_trains_experts_and_moves_the_correction_by_all_its_counts(drawn):
     model, optimizer, rows = spec().build(), optax.sgd(0.1), batch()
-    state = initial_state(model.init(jax.random.key(0)), optimizer)
+    state = initial_state(drawn(model), optimizer)
     context = Context(jnp.asarray(rows["positions"]), jnp.asarray(rows["segment_ids"]))
     whole = jax.jit(lambda params: model.hidden(params, rows["tokens"], context)[2])(state["parameters"])
     before = state["parameters"]["stack"]["segment_0"]["layer_0"]["ffn"]["inner"]
@@ -57,10 +57,10 @@ def test_a_step_trains_experts_and_moves_the_correction_by_all_its_counts():
     assert all(np.isfinite(value) for value in metrics.values())
 
 
-def test_scanned_layers_are_the_unrolled_ones():
+def test_scanned_layers_are_the_unrolled_ones(drawn):
     rows = batch()
     model, unrolled = spec().build(), spec(scan=False, remat="none").build()
-    params = model.init(jax.random.key(0))
+    params = drawn(model)
 
     def gradient(model):
         return jax.jit(jax.grad(lambda params: CausalLMSpec().sums(model, params, rows, jnp.float32).loss))(params)
@@ -69,9 +69,9 @@ def test_scanned_layers_are_the_unrolled_ones():
         np.testing.assert_allclose(got, wanted, atol=1e-5 * float(jnp.abs(wanted).max() + 1e-6))
 
 
-def test_decoding_is_the_parallel_form():
+def test_decoding_is_the_parallel_form(drawn):
     model = spec({"kind": "attention", "heads": 2}).build()
-    params, tokens = model.init(jax.random.key(0)), jnp.asarray(batch()["tokens"])
+    params, tokens = drawn(model), jnp.asarray(batch()["tokens"])
     rows, caches, pieces, start = Context.rows(BATCH, TIME), model.init_caches(BATCH, TIME), [], 0
     want = jax.jit(model.logits)(params, tokens)
     run = jax.jit(lambda params, ids, context, caches: model.hidden(params, ids, context, caches)[:2])

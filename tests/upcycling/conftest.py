@@ -1,32 +1,23 @@
 """A small dense model whose layers differ, and rows of text for it."""
 
+from functools import partial
+
 import jax
 import numpy as np
 import pytest
-from jax.flatten_util import ravel_pytree
 
 from efficient_lm.models.language_model import ModelSpec
 
 WIDTH, VOCAB, TIME = 16, 31, 12
 
 
-def bold(model, key=0):
-    """Parameters large enough that every part of the model matters to the logits."""
-
-    def make(key):
-        flat, unflatten = ravel_pytree(model.init(key))
-        return unflatten(flat + 0.3 * jax.random.normal(jax.random.fold_in(key, 1), flat.shape))
-
-    return jax.jit(make)(jax.random.key(key))
-
-
 class Made:
     """A model with parameters, and its logits on two rows."""
 
-    def __init__(self, spec, params=None):
+    def __init__(self, drawn, spec, params=None):
         self.spec = ModelSpec.model_validate(spec) if isinstance(spec, dict) else spec
         self.model = self.spec.build()
-        self.params = bold(self.model) if params is None else params
+        self.params = drawn(self.model, 0.3) if params is None else params
 
     def logits(self):
         tokens = jax.random.randint(jax.random.key(3), (2, TIME), 0, VOCAB)
@@ -39,9 +30,9 @@ def dense(ffn, layers=3, **options):
 
 
 @pytest.fixture(scope="session")
-def made():
+def made(drawn):
     """``made(spec, params=None)`` → `Made`."""
-    return Made
+    return partial(Made, drawn)
 
 
 @pytest.fixture(scope="session")
