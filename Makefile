@@ -1,4 +1,5 @@
-# make train: the environment, then the quickstart.   make test: the environment, then the tests.
+# make train: the environment, then the quickstart, and the smaller models inside it as runs of their own.
+# make test: the environment, then the tests.
 # The environment is .venv, made from requirements.lock once and again when that file or pyproject.toml changes.
 # For an accelerator, after `make env`:  .venv/bin/uv pip install -c requirements.lock -e '.[cuda]'   (or '.[tpu]')
 
@@ -7,11 +8,16 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 # -n 2: two test processes; the tests themselves keep JAX on the CPU.
 PYTEST := $(BIN)/python -m pytest -n 2
+SIZES := 0.5 0.25 0.125
 
 .PHONY: train test test-all lint format env lock clean
 
+# What was extracted before stays as it is.
 train: env
 	$(BIN)/efficient-lm train experiment=quickstart
+	@for size in $(SIZES); do \
+		test -e runs/quickstart-$$size || $(BIN)/efficient-lm extract checkpoint=runs/quickstart output=runs/quickstart-$$size ffn=$$size || exit; \
+	done
 
 test: env
 	$(PYTEST) -m "not slow"
