@@ -1,7 +1,6 @@
 """Speculative decoding: a small model drafts some tokens, and the whole model verifies them in one pass."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from time import perf_counter
 from typing import Any, NamedTuple
@@ -14,8 +13,10 @@ from efficient_lm.errors import ConfigError
 from efficient_lm.inference.decoding import Decoder
 from efficient_lm.inference.rejection import propose, verify
 from efficient_lm.inference.sampling import SamplingSpec
+from efficient_lm.inference.speculated import Speculated
 from efficient_lm.models.context import Context
 from efficient_lm.models.language_model import LanguageModel
+from efficient_lm.models.mixers.token_cache import truncated
 from efficient_lm.models.parameters import Parameters
 from efficient_lm.models.stack import Caches
 
@@ -71,7 +72,7 @@ class SpeculativeDecoder(Decoder):
         self._verify = jax.jit(self._block, static_argnames="sampling", donate_argnames="state")
 
     @property
-    def report(self) -> "Speculated":
+    def report(self) -> Speculated:
         """What became of the drafts of the newest stream so far."""
         return self._counted
 
@@ -89,28 +90,23 @@ class SpeculativeDecoder(Decoder):
         own = None
         if not self.shared:
             own = self._read(self.small_params[0], begun.tokens, begun.context, length=begun.length)
-        rows, yielded, flight = [_Row(max_new_tokens, end) for _ in prompts], 0, None
+        rows, flight = _Rows(len(prompts), max_new_tokens, end), None
         made, counts = np.asarray(begun.token)[:, None], np.ones(len(prompts), int)
         last = -1 if end is None else end
         limits = jnp.asarray(np.where(made[:, 0] == last, 0, begun.lengths + max_new_tokens - 1), jnp.int32)
         state = _State(begun.token, begun.position, limits, begun.caches, own)
         fly = partial(self._verify, self.params, self.small_params, begun.keys, last, sampling=sampling)
         while True:
-            for row, more, count in zip(rows, made, counts, strict=True):
-                row.add(more[:count])
-            self._counted = self._counted.timed(sum(len(row.tokens) for row in rows), perf_counter() - started)
-            running = [len(row.tokens) for row in rows if row.left]
-            if running and flight is None:
+            rows.add(made, counts)
+            self._counted = self._counted.timed(rows.tokens, perf_counter() - started)
+            if rows.left and flight is None:
                 flight = fly(state=state)
-            ready = min(running, default=max(len(row.tokens) for row in rows))
-            for index in range(yielded, ready):
-                yield np.array([row.at(index) for row in rows], np.int32)
-            yielded = ready
-            if not running:
+            yield from rows.ready()
+            if not rows.left:
                 return
             found, state = flight
             # As long as some row is sure to go on, the next pass is dispatched before this one's tokens are read.
-            flight = fly(state=state) if max(row.left for row in rows) > self.tokens + 1 else None
+            flight = fly(state=state) if rows.left > self.tokens + 1 else None
             made, counts = np.asarray(found.tokens), np.asarray(found.counts)
             self._counted = self._counted.added(*np.asarray(found.figures).tolist())
 
@@ -138,7 +134,7 @@ class SpeculativeDecoder(Decoder):
         drafted, probabilities, sizes, provisional = self._drafted(
             drafts, token, positions, real, keys, caches if self.shared else own, sampling
         )
-        before = _taken_back(provisional, caches, 0) if self.shared and self._takes_back else caches
+        before = truncated(provisional, caches, 0) if self.shared and self._takes_back else caches
         tokens = jnp.concatenate([token[:, None], drafted], axis=1)
         hidden, read, _ = self.model.hidden(params, tokens, _context(positions, real), before, dtype=self.dtype)
         logits = self.model.logits_from(params, hidden)
@@ -190,23 +186,17 @@ class SpeculativeDecoder(Decoder):
             hidden, after, _ = small.hidden(values, token[:, None], context, caches, dtype=self.dtype)
             return small.logits_from(values, hidden[:, -1]), after
 
-        (logits, after), size = run(0), jnp.zeros(token.shape, jnp.int32)
+        def larger(
+            place: int, unsure: jax.Array, logits: jax.Array, after: Caches, size: jax.Array
+        ) -> tuple[jax.Array, Caches, jax.Array]:
+            more, after = run(place)
+            return jnp.where(unsure[:, None], more, logits), after, jnp.where(unsure, place, size)
+
+        found = (*run(0), jnp.zeros(token.shape, jnp.int32))
         for place in range(1, len(drafts)):
-            unsure = live & (jnp.max(jax.nn.softmax(logits, axis=-1), axis=-1) < self.confidence)
-
-            def larger(
-                place: int = place, unsure: jax.Array = unsure, logits: jax.Array = logits, size: jax.Array = size
-            ) -> tuple[jax.Array, Caches, jax.Array]:
-                more, later = run(place)
-                return jnp.where(unsure[:, None], more, logits), later, jnp.where(unsure, place, size)
-
-            def enough(
-                logits: jax.Array = logits, after: Caches = after, size: jax.Array = size
-            ) -> tuple[jax.Array, Caches, jax.Array]:
-                return logits, after, size
-
-            logits, after, size = jax.lax.cond(jnp.any(unsure), larger, enough)
-        return logits, after, size
+            unsure = live & (jnp.max(jax.nn.softmax(found[0], axis=-1), axis=-1) < self.confidence)
+            found = jax.lax.cond(jnp.any(unsure), partial(larger, place, unsure), lambda *same: same, *found)
+        return found
 
     def _after(
         self,
@@ -220,7 +210,7 @@ class SpeculativeDecoder(Decoder):
     ) -> Caches:
         """The cache with the tokens `kept [batch, k + 1]`, of that `before` them and that with all that were `read`."""
         if self._takes_back:
-            return _taken_back(read, before, jnp.sum(kept, axis=1))
+            return truncated(read, before, jnp.sum(kept, axis=1))
 
         def again() -> Caches:
             return self.model.hidden(params, tokens, _context(positions, kept), before, dtype=self.dtype)[1]
@@ -253,79 +243,40 @@ class _Found(NamedTuple):
     figures: jax.Array
 
 
-@dataclass(frozen=True)
-class Speculated:
-    """What became of drafts.
+class _Rows:
+    """The tokens of each row as they come; rows wait for each other to be handed out."""
 
-    Attributes:
-        tokens: made, those of the prompts' passes included.
-        verifications: of rows, each by one pass of the whole model.
-        drafted: proposals that were verified.
-        accepted: of these, those that stood.
-        sizes: how many of them each draft made.
-        seconds: of wall time, compilation and what was done with tokens as they came included.
-    """
+    def __init__(self, count: int, most: int, end: int | None):
+        self.most, self.end, self.rows, self._given = most, end, [[] for _ in range(count)], 0
 
-    tokens: int = 0
-    verifications: int = 0
-    drafted: int = 0
-    accepted: int = 0
-    sizes: tuple[int, ...] = ()
-    seconds: float = 0.0
+    def add(self, made: np.ndarray, counts: np.ndarray) -> None:
+        """`made [rows, any]`, of which so many count; what is behind a row's end does not."""
+        for row, more, count in zip(self.rows, made.tolist(), counts, strict=True):
+            for token in more[:count]:
+                if self._left(row):
+                    row.append(token)
 
-    def added(self, verifications: int, drafted: int, accepted: int, *sizes: int) -> "Speculated":
-        """With one more pass."""
-        by_size = tuple(map(int.__add__, self.sizes, sizes))
-        return Speculated(
-            self.tokens, self.verifications + verifications, self.drafted + drafted, self.accepted + accepted,
-            by_size, self.seconds,
-        )  # fmt: skip
-
-    def timed(self, tokens: int, seconds: float) -> "Speculated":
-        """With so many tokens, in such a time."""
-        return Speculated(tokens, self.verifications, self.drafted, self.accepted, self.sizes, seconds)
-
-    def figures(self) -> dict[str, Any]:
-        """Plain numbers: `tokens`, `seconds`, `acceptance_rate` of proposals, `tokens_per_verification`, by size the
-        share of proposals, `size_shares`."""
-        return {
-            "tokens": self.tokens,
-            "seconds": self.seconds,
-            "acceptance_rate": self.accepted / max(self.drafted, 1),
-            "tokens_per_verification": 1 + self.accepted / max(self.verifications, 1),
-            "size_shares": [count / max(self.drafted, 1) for count in self.sizes],
-        }
-
-    def __str__(self) -> str:
-        found = self.figures()
-        by_size = ", ".join(f"{100 * share:.0f} %" for share in found["size_shares"])
-        sizes = f", drafted by size {by_size}" if len(self.sizes) > 1 else ""
-        return (
-            f"{self.tokens:,} tokens in {self.seconds:.2f} s: {100 * found['acceptance_rate']:.1f} % of drafted tokens "
-            f"accepted, {found['tokens_per_verification']:.2f} tokens per verification{sizes}"
-        )
-
-
-class _Row:
-    """The tokens of one row as they come."""
-
-    def __init__(self, most: int, end: int | None):
-        self.most, self.end, self.tokens = most, end, []
+    def _left(self, row: list[int]) -> int:
+        ended = self.end is not None and row[-1:] == [self.end]
+        return 0 if ended else self.most - len(row)
 
     @property
     def left(self) -> int:
-        """How many more it may have."""
-        ended = self.end is not None and self.tokens[-1:] == [self.end]
-        return 0 if ended else self.most - len(self.tokens)
+        """How many tokens are still to come, at most, of the row that has most to come."""
+        return max(map(self._left, self.rows))
 
-    def add(self, tokens: np.ndarray) -> None:
-        for token in tokens:
-            if self.left:
-                self.tokens.append(int(token))
+    @property
+    def tokens(self) -> int:
+        """How many there are."""
+        return sum(map(len, self.rows))
 
-    def at(self, index: int) -> int:
-        """What the row yields there; behind its end that again."""
-        return self.tokens[min(index, len(self.tokens) - 1)]
+    def ready(self) -> Iterator[np.ndarray]:
+        """int32 ``[rows]`` for each place that all rows have reached since; behind its end a row yields that again."""
+        going = [len(row) for row in self.rows if self._left(row)]
+        reached = min(going, default=max(map(len, self.rows)))
+        begin, self._given = self._given, reached
+        for index in range(begin, reached):
+            yield np.array([row[min(index, len(row) - 1)] for row in self.rows], np.int32)
 
 
 def shares_cache(model: LanguageModel, small: LanguageModel) -> bool:
@@ -351,17 +302,6 @@ def takes_back(model: LanguageModel) -> bool:
     return router and all(
         layer.depth is None and (layer.mixer is None or layer.mixer.takes_back) for layer in model.layers
     )
-
-
-def _taken_back(after: Any, before: Any, more: jax.Array | int) -> Any:
-    """The token caches `after`, with only so many `more [batch]` tokens than `before`."""
-    if not isinstance(after, dict):
-        return after
-    if "seen" not in after:
-        return {name: _taken_back(part, before[name], more) for name, part in after.items()}
-    seen = before["seen"] + more
-    there = jnp.arange(after["segment_ids"].shape[-1]) < seen[..., None]
-    return {**after, "seen": seen, "segment_ids": jnp.where(there, after["segment_ids"], 0)}
 
 
 def _context(positions: jax.Array, real: jax.Array) -> Context:

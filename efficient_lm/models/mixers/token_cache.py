@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -69,6 +70,22 @@ class TokenCache:
     def _ring(self, cache: Cache) -> int | None:
         """Slots of the ring behind the kept tokens; None if there is no window and every token keeps its slot."""
         return None if self.window is None else max(cache["positions"].shape[1] - self.kept, 1)
+
+
+def truncated(after: Any, before: Any, more: jax.Array | int) -> Any:
+    """Caches without a window in any nesting: those `after` some tokens, with only so many `more` than `before` them.
+
+    Args:
+        after, before: of one model; in what is no token cache nothing changes.
+        more: int32 ``[batch]``, or of all rows.
+    """
+    if not isinstance(after, dict):
+        return after
+    if "seen" not in after:
+        return {name: truncated(part, before[name], more) for name, part in after.items()}
+    seen = before["seen"] + more
+    there = jnp.arange(after["segment_ids"].shape[-1]) < seen[..., None]
+    return {**after, "seen": seen, "segment_ids": jnp.where(there, after["segment_ids"], 0)}
 
 
 def rows(context: Context, window: int | None) -> tuple[jax.Array, dict[str, jax.Array | None]]:
