@@ -149,13 +149,10 @@ def search(
         def begun(number: int) -> None:
             status.update(f"scoring submodel {number}")
 
-        scorer = Scorer(space, whole.params, batch, method.fitness, folder, model.dtype, begun)
-        try:
+        with Scorer(space, whole.params, batch, method.fitness, folder, model.dtype, begun) as scorer:
             for level in range(len(space.nested)):
                 scorer((level,) * space.layers)
             method.run(space, scorer, limits, cost)
-        finally:
-            scorer.close()
     found = frontier(space, scorer.results, cost)
     fitting = [row for row in found if fits(row.costs, limits) and np.isfinite(row.score)]
     if not fitting:

@@ -104,12 +104,16 @@ def _checked(model: LanguageModel, axis: str, part: Any) -> float:
     if not 0 < part <= 1:
         raise ConfigError(f"{axis}: a part is above 0 and at most 1; got {part:g}")
     grid = granularities(model).get(axis)
-    if grid is not None and not any(math.isclose(part, value, rel_tol=1e-6) for value in grid):
-        raise ConfigError(
-            f"{axis}: the model is trained for {listed(grid)} of it, and not for {part:g}; "
-            f"nearest: {min(grid, key=lambda value: abs(value - part)):g}"
-        )
+    if grid is not None:
+        _check_trained(f"{axis}: the model is trained for {listed(grid)} of it", part, grid)
     return float(part)
+
+
+def _check_trained(said: str, part: float, grid: Sequence[float]) -> None:
+    """Raises `ConfigError`, which begins with what is `said`, for a part that is not on a grid."""
+    if not any(math.isclose(part, value, rel_tol=1e-6) for value in grid):
+        nearest_part = min(grid, key=lambda value: abs(value - part))
+        raise ConfigError(f"{said}, and not for {part:g}; nearest: {nearest_part:g}")
 
 
 def units_of(model: LanguageModel) -> list[dict[str, dict[str, int]]]:
@@ -134,8 +138,7 @@ def parts_of(model: LanguageModel, submodel: float | Mapping[str, Part], key: st
             f"{key}: the model was not trained to have smaller ones inside; name an axis, {key}.ffn={submodel:g}"
         )
     sizes = sorted({part for grid in grids.values() for part in grid})
-    if not any(math.isclose(submodel, size, rel_tol=1e-6) for size in sizes):
-        raise ConfigError(f"{key}: the model is trained for {listed(sizes)}, and not for {submodel:g}")
+    _check_trained(f"{key}: the model is trained for {listed(sizes)}", submodel, sizes)
     # An axis that is not trained for as little keeps its nearest larger part.
     return {axis: min(part for part in grid if part >= submodel * (1 - 1e-6)) for axis, grid in grids.items()}
 

@@ -61,16 +61,14 @@ def unit_worth(
         batch: rows of text (see `efficient_lm.data.packing.pack`); `weight` needs none.
     """
     groups = [[group for group in layer if group.axis in axes and not group.fixed] for layer in unit_groups(model)]
-    wanted = {measure_of(group, by) for layer in groups for group in layer}
-    found: dict[Measure, Worth] = {}
-    for measure in wanted:
+
+    def measured(measure: Measure) -> Worth:
         if measure == "activation":
-            found[measure] = _by_activation(model, params, batch, groups, dtype)
-        else:
-            trees = [jax.tree.map(np.square, layer) for layer in layer_parameters(model, params)]
-            if measure == "gradient":
-                trees = layer_parameters(model, _effects(model, params, batch, dtype))
-            found[measure] = _by_parameters(model, trees, groups)
+            return _by_activation(model, params, batch, groups, dtype)
+        values = jax.tree.map(jnp.square, params) if measure == "weight" else _effects(model, params, batch, dtype)
+        return _by_parameters(model, layer_parameters(model, values), groups)
+
+    found = {measure: measured(measure) for measure in {measure_of(group, by) for layer in groups for group in layer}}
     return [
         {group: found[measure_of(group, by)][number][group] for group in layer} for number, layer in enumerate(groups)
     ]

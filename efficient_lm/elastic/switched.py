@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from efficient_lm.elastic.choices import choose
+from efficient_lm.elastic.choices import Choice
 from efficient_lm.elastic.nested import Nested
 from efficient_lm.elastic.submodels import first_values
 from efficient_lm.models.auxiliary import Auxiliary
@@ -29,16 +29,15 @@ class SwitchedStack(Stack):
         for part, period in zip(self.segments, self.periods, strict=True):
             for place, blueprint in enumerate(period):
                 layer = part.start + place
-                self.parts[id(blueprint)] = [self._part(model, layer, each.parts, init) for each in nested]
+                self.parts[id(blueprint)] = [self._part(model, layer, each.choice, init) for each in nested]
 
     def part(self, context: Context) -> jax.Array | None:
         """Which part of the layer that is told runs, int32; None for the whole, as it is without parts."""
         raise TypeError(f"{type(self).__name__} does not define part")
 
     @staticmethod
-    def _part(model: LanguageModel, layer: int, parts: dict[str, float], init: Initialization) -> Blueprint:
-        spec, width = model.layers[layer], model.spec.width
-        units = choose(model, parts).units[layer]
+    def _part(model: LanguageModel, layer: int, choice: Choice, init: Initialization) -> Blueprint:
+        spec, width, units = model.layers[layer], model.spec.width, choice.units[layer]
         small: BlockSpec = spec.resolved(width).cut(width, units) if units else spec
         return Blueprint(lambda: small.build(width, init))
 

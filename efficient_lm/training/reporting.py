@@ -40,14 +40,15 @@ def _umask() -> int:
 
 def write_json_atomically(path: str | Path, value: Any) -> None:
     """Write JSON, indented; numbers that are not finite become null."""
-    write_atomically(path, json.dumps(_finite(value), indent=2, allow_nan=False) + "\n")
+    write_atomically(path, json.dumps(finite(value), indent=2, allow_nan=False) + "\n")
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """A JSON value with null in place of numbers that are not finite."""
     if isinstance(value, dict):
-        return {key: _finite(inner) for key, inner in value.items()}
+        return {key: finite(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(inner) for inner in value]
+        return [finite(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -79,7 +80,7 @@ class MetricsFile:
 
 
 def _line(row: dict[str, Any]) -> str:
-    return json.dumps(_finite(row), allow_nan=False) + "\n"
+    return json.dumps(finite(row), allow_nan=False) + "\n"
 
 
 def read_metrics(run_dir: str | Path, name: str = METRICS_FILE) -> list[dict[str, Any]]:

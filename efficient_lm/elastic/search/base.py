@@ -48,8 +48,10 @@ class Space:
             )
         inside = {axis: grid for axis, grid in elastic.axes.items() if axis not in ("layers", "width")}
         if all(len(grid) < 2 for grid in inside.values()):
+            listed = ", ".join(elastic.axes)
             raise ConfigError(
-                f"search: it gives layers parts of their own, and the model is elastic along {', '.join(elastic.axes)}"
+                f"search: it gives layers parts of their own, and the model is elastic along {listed}; "
+                f"name a part, {next(iter(elastic.axes))}=0.5"
             )
         by_layer = model.spec.model_copy(update={"elastic": ElasticSpec(combine=elastic.combine, **inside)}).build()
         nested = sorted(nested_models(by_layer), key=lambda each: count_parameters(each.model.declarations))

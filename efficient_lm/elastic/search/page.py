@@ -4,6 +4,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from efficient_lm.training.reporting import finite
+
 
 def page(found: Mapping[str, Any], labels: Mapping[str, Any], names: Sequence[str]) -> str:
     """HTML that holds its data, style and script.
@@ -14,7 +16,7 @@ def page(found: Mapping[str, Any], labels: Mapping[str, Any], names: Sequence[st
         names: of each submodel.
     """
     data = {**found, "labels": labels, "names": names}
-    text = json.dumps(data).replace("NaN", "null").replace("Infinity", "null")
+    text = json.dumps(finite(data), allow_nan=False)
     # Inside a script nothing may look like its end.
     return _PAGE.replace("%DATA%", text.replace("<", "\\u003c"))
 

@@ -80,6 +80,12 @@ class Scorer:
         """The submodels that were scored on all rows."""
         return {levels: value for (levels, count), value in self._scores.items() if count == self.pieces}
 
+    def __enter__(self) -> "Scorer":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
     def close(self) -> None:
         """Close the file."""
         self._file.close()
