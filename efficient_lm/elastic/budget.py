@@ -133,25 +133,38 @@ class Meter:
         return block.init_cache(1, self.length, self.dtype)
 
     def _layer_ms(self, spec: BlockSpec, width: int) -> float:
-        # As in a model, where reading a layer's parameters and caches from those of all takes time too.
+        # As in a model, where reading a layer's parameters and caches from those of all takes time too. A layer that
+        # takes the keys and values of another is measured as if it had its own: it takes that long at most.
+        if spec.mixer is not None and spec.mixer.takes_keys:
+            spec = spec.model_copy(update={"mixer": spec.mixer.with_own_keys()})
         stack = Stack((spec,) * LAYERS, width, Initialization(0.02, 1.0))
+        inputs = spec.layer_input and jnp.ones((LAYERS, 1, 1, spec.layer_input.size), self.dtype)
 
         def step(params: Any, carry: Any, position: jax.Array) -> Any:
-            context = Context(position[None, None], jnp.ones((1, 1), jnp.int32), "decode")
+            context = Context(position[None, None], jnp.ones((1, 1), jnp.int32), "decode", layer_inputs=inputs)
             return stack(params, carry[0], context, carry[1])[:2]
 
-        carry = jnp.ones((1, 1, width), self.dtype), stack.init_caches(1, self.length, self.dtype)
+        streams = () if spec.streams is None else (spec.streams.count,)
+        carry = jnp.ones((*streams, 1, 1, width), self.dtype), stack.init_caches(1, self.length, self.dtype)
         return _decoding_ms(step, jax.jit(stack.init)(jax.random.key(0)), carry) / LAYERS
 
     def _outside_ms(self, model: LanguageModel) -> float:
+        plain = model.spec.model_copy(update={"pregate": None}).build()
+
         def init(key: jax.Array) -> Any:
-            return {"embedding": model.embedding.init(key), "head": model.head.init(key)}
+            return {name: values for name, values in plain.init(key).items() if name != "stack"}
 
-        def step(params: Any, token: jax.Array, position: jax.Array) -> jax.Array:
-            x = model.embedding(params["embedding"])(token, position[None, None], self.dtype)
-            return jnp.argmax(model.logits_from(params, model.normed(params, x)), axis=-1)
+        def step(params: Any, carry: Any, position: jax.Array) -> Any:
+            context = Context(position[None, None], jnp.ones((1, 1), jnp.int32), "decode")
+            x, context, _ = plain.entered(params, carry[0], context, None, self.dtype)
+            token = jnp.argmax(plain.logits_from(params, plain.normed(params, x)), axis=-1)
+            return token, carry[1] if context.layer_inputs is None else context.layer_inputs
 
-        return _decoding_ms(step, jax.jit(init)(jax.random.key(0)), jnp.zeros((1, 1), jnp.int32))
+        size = (
+            (0,) if model.spec.layer_embedding is None else (len(model.layers), 1, 1, model.spec.layer_embedding.size)
+        )
+        carry = jnp.zeros((1, 1), jnp.int32), jnp.zeros(size, self.dtype)
+        return _decoding_ms(step, jax.jit(init)(jax.random.key(0)), carry)
 
 
 def _bytes(make: Callable[[], Any]) -> int:

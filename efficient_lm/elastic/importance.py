@@ -249,7 +249,12 @@ def _squares(module: Linear, real: jax.Array, x: jax.Array, groups: Groups | Non
 
 def _look_at_stream(block: Block, spec: BlockSpec, x: jax.Array, context: Context) -> tuple[jax.Array, Figures]:
     y = block(x, context)[0]
-    a, b = x.astype(jnp.float32), y.astype(jnp.float32)
+    a, b = _together(x.astype(jnp.float32)), _together(y.astype(jnp.float32))
     norms = jnp.linalg.norm(a, axis=-1) * jnp.linalg.norm(b, axis=-1)
     cosine = jnp.sum(a * b, axis=-1) / jnp.maximum(norms, 1e-12)
     return y, {"change": jnp.sum((1.0 - cosine) * (context.segment_ids > 0))}
+
+
+def _together(x: jax.Array) -> jax.Array:
+    """The values of a token, `[batch, time, values]`, in one stream or in several in front of it."""
+    return x if x.ndim == 3 else jnp.moveaxis(x, 0, -2).reshape(*x.shape[1:3], -1)

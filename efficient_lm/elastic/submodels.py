@@ -11,8 +11,9 @@ from efficient_lm.errors import ConfigError
 from efficient_lm.models.block import BlockSpec
 from efficient_lm.models.elastic import NumberingSpec
 from efficient_lm.models.language_model import LanguageModel, ModelSpec
-from efficient_lm.models.layered import spec_of_layers
+from efficient_lm.models.layered import sliced, spec_of_layers
 from efficient_lm.models.parameters import Declaration, Parameters, is_declaration
+from efficient_lm.models.sharing import Sharing
 
 
 def submodel_spec(model: LanguageModel, choice: Choice) -> ModelSpec:
@@ -28,6 +29,7 @@ def submodel_spec(model: LanguageModel, choice: Choice) -> ModelSpec:
         return layer.resolved(spec.width).cut(width, units) if changed else layer
 
     layers = [cut(model.layers[number], units) for number, units in zip(choice.layers, choice.units, strict=True)]
+    _check_shared(model, choice, layers, width)
     changes: dict[str, Any] = {"width": width, "elastic": _below(model, choice), "numbering": _numbering(model, choice)}
     if len(layers) < len(model.layers) and spec.exits is not None:
         raise ConfigError("layers: the model has exits behind some of its layers; it keeps all of them")
@@ -56,8 +58,9 @@ def submodel_parameters(
                 lambda d, count=part.repeats: d.stacked(count), blueprint.declarations, is_leaf=is_declaration
             )
             stack[name][f"layer_{place}"] = first_values(gathered, declared)
-    outer = {name: values for name, values in params.items() if name != "stack"}
-    declared = {name: values for name, values in small.declarations.items() if name != "stack"}
+    outer, declared = ({name: of[name] for name in of if name != "stack"} for of in (params, small.declarations))
+    if len(layers) < len(model.layers):
+        outer = sliced(outer, {name: model.declarations[name] for name in outer}, "layers", layers)
     return {**first_values(outer, declared), "stack": stack}
 
 
@@ -85,6 +88,23 @@ def first_values(params: Parameters, declarations: Parameters) -> Parameters:
         return leaf if leaf.shape == declared.shape else leaf[tuple(slice(size) for size in declared.shape)]
 
     return jax.tree.map(cut, declarations, params, is_leaf=is_declaration)
+
+
+def _check_shared(model: LanguageModel, choice: Choice, layers: Sequence[BlockSpec], width: int) -> None:
+    """Whether layers still take the keys and values that they took. Raises `ConfigError`."""
+    before, after = model.stack.sharing.sources, Sharing(layers, width).sources
+    for number, place in zip(choice.layers, after, strict=True):
+        source = before[number]
+        if source is None:
+            continue
+        if source not in choice.layers:
+            raise ConfigError(
+                f"layers: layer {number} takes the keys and values of layer {source}; keep both or neither"
+            )
+        if place is None or choice.layers[place] != source:
+            raise ConfigError(
+                f"heads: layer {number} takes the keys and values of layer {source}; both keep the same part of them"
+            )
 
 
 def _numbering(model: LanguageModel, choice: Choice) -> dict[str, Any] | None:

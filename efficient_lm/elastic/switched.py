@@ -10,6 +10,7 @@ from jax import lax
 from efficient_lm.elastic.choices import Choice
 from efficient_lm.elastic.nested import Nested
 from efficient_lm.elastic.submodels import first_values
+from efficient_lm.errors import ConfigError
 from efficient_lm.models.auxiliary import Auxiliary
 from efficient_lm.models.block import BlockSpec
 from efficient_lm.models.context import Context
@@ -25,6 +26,11 @@ class SwitchedStack(Stack):
         spec = model.spec
         init = Initialization(spec.init_std, (2 * len(model.layers)) ** -0.5)
         super().__init__(model.layers, spec.width, init, spec.remat, spec.remat_names, spec.scan, spec.numbering)
+        if self.sharing and len({each.parts.get("heads") for each in nested}) > 1:
+            raise ConfigError(
+                "model.elastic.heads: layers take the keys and values of others, so that all keep the same part of "
+                "heads; leave the axis out where layers have parts of their own"
+            )
         self.parts: dict[int, list[Blueprint]] = {}
         for part, period in zip(self.segments, self.periods, strict=True):
             for place, blueprint in enumerate(period):

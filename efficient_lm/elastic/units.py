@@ -1,7 +1,7 @@
 """The units of a model's elastic axes, where they lie in its parameters, and how they change places."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -76,7 +76,18 @@ def _inside(part: Elastic, path: tuple[str, ...]) -> Iterator[Group]:
 
 def unit_groups(model: LanguageModel) -> list[list[Group]]:
     """Of each layer its groups."""
-    return [groups_of(layer.resolved(model.spec.width)) for layer in model.layers]
+    sharing = model.stack.sharing
+    shared = [bool(given or taken) for given, taken in zip(sharing.hands_on, sharing.takes, strict=True)]
+    groups = [groups_of(layer.resolved(model.spec.width)) for layer in model.layers]
+    return [
+        [_held(group) if between and group.axis == "heads" else group for group in layer]
+        for layer, between in zip(groups, shared, strict=True)
+    ]
+
+
+def _held(group: Group) -> Group:
+    """Heads whose keys and values several layers read."""
+    return replace(group, fixed=group.fixed or "layers share their keys and values")
 
 
 def below(tree: Parameters, path: Sequence[str]) -> Parameters:

@@ -63,6 +63,6 @@ def _look(block: Block, spec: BlockSpec, x: jax.Array, context: Context) -> tupl
     mixer = block.mixer and block.mixer.inner
     figures = {}
     if hasattr(mixer, "weights"):
-        values = jnp.linalg.svd(mixer.weights(block.mixer_input(x), context), compute_uv=False)
+        values = jnp.linalg.svd(mixer.weights(block.mixer_input(x, context), context), compute_uv=False)
         figures["rank"] = jnp.mean(jnp.sum(values > TOLERANCE * values[..., :1], axis=-1, dtype=jnp.float32), axis=0)
     return block(x, context)[0], figures

@@ -69,7 +69,7 @@ def _look(
     """A block's output, and the figures of its mixer if it is causal."""
     figures: dict[str, jax.Array] = {}
     if spec.mixer is not None and not spec.mixer.bidirectional:
-        mixer, source = block.mixer.inner, block.mixer_input(x)
+        mixer, source = block.mixer.inner, block.mixer_input(x, context)
         if hasattr(mixer, "entropy"):
             figures["attention_entropy"] = jnp.mean(mixer.entropy(source, context), axis=0)
         if hasattr(mixer, "log_decay"):

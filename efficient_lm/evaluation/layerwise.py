@@ -49,12 +49,15 @@ class Layerwise:
         context = replace(context or Context.rows(*tokens.shape), record=self._record)
         outer = {name: values for name, values in params.items() if name != "stack"}
         x, context = self._enter(outer, jnp.asarray(tokens, jnp.int32), context)
-        found = []
-        layers = zip(self.model.stack.places, layer_parameters(self.model, params), strict=True)
+        stack, found, shared = self.model.stack, [], {}
+        layers = zip(stack.places, layer_parameters(self.model, params), strict=True)
         for number, ((segment, place, _), values) in enumerate(layers):
-            here = replace(context, layer=jnp.asarray(number, jnp.int32), layers=len(self.model.layers))
+            inputs = None if context.layer_inputs is None else context.layer_inputs[number]
+            here = stack.told(context, number, jnp.asarray(stack.numbers[number], jnp.int32), inputs, shared)
             part = int(segment.removeprefix("segment_")), int(place.removeprefix("layer_"))
-            x, figures = self._layer(number, self.model.stack.periods[part[0]][part[1]])(values, x, here)
+            x, figures, handed = self._layer(number, stack.periods[part[0]][part[1]])(values, x, here)
+            if here.hands_on:
+                shared[stack.sharing.hands_on[number]] = handed
             found.append(figures)
         return found
 
@@ -72,5 +75,8 @@ class Layerwise:
 
 def _seen(
     look: Look, spec: BlockSpec, blueprint: Blueprint, values: Parameters, x: jax.Array, context: Context
-) -> tuple[jax.Array, Figures]:
-    return look(blueprint(values), spec, x, context)
+) -> tuple[jax.Array, Figures, dict[str, jax.Array]]:
+    block = blueprint(values)
+    # Of this second run, all but what is handed on is dead code.
+    handed = block(x, context)[2].shared if context.hands_on else {}
+    return *look(block, spec, x, context), handed

@@ -14,11 +14,12 @@ import numpy as np
 
 from efficient_lm.models.parameters import Declaration
 
-Layout = Literal["torch", "conv1d", "depthwise", "vector", "by_head", "same"]
+Layout = Literal["torch", "conv1d", "depthwise", "vector", "rows", "by_head", "same"]
 """How a parameter is stored.
 
 ``torch``: ``[out, in]`` as torch's Linear; ``conv1d``: ``[in, out]``; ``depthwise``: ``[channels, 1, taps]`` of ours
-``[taps, *channels]``; ``vector``: flattened to one axis; ``by_head``: ``[1, 1, heads, 1]``; ``same``: as ours is.
+``[taps, *channels]``; ``vector``: flattened to one axis; ``rows``: all axes but the first
+flattened to one; ``by_head``: ``[1, 1, heads, 1]``; ``same``: as ours is.
 """
 
 
@@ -55,6 +56,8 @@ class Source:
             return array.reshape(array.shape[0], -1, copy=False).T[:, None]
         if layout == "vector":
             return array.reshape(-1, copy=False)
+        if layout == "rows":
+            return array.reshape(array.shape[0], -1, copy=False)
         if layout == "by_head":
             return array.reshape(1, 1, -1, 1, copy=False)
         flat = array.reshape(math.prod(array.shape[:inputs]), -1, copy=False)

@@ -4,7 +4,7 @@ import json
 import logging
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
@@ -234,7 +234,19 @@ def expressed(spec: ModelSpec, origin: Origin | None) -> tuple[Family, Config]:
     shown += f", and {family.model_type} has {values[1]!r}" if len(values) > 1 else ""
     raise ConfigError(
         f"no published family ({', '.join(FAMILIES)}) can express this model; of {family.model_type}: {path}{shown}"
+        f"{_why(family, path, values)}"
     )
+
+
+def _why(family: Family, path: str, values: Sequence[Any]) -> str:
+    """What else is to be said of a value that a family has no words for."""
+    if path == "numbering":
+        return "; its layers compute what they did at these places of a larger model, which configs cannot say"
+    if len(values) != 1 or not isinstance(values[0], list):
+        return ""
+    listing = [each.model_type for each in FAMILIES.values() if path.removeprefix("block.") in each.listed]
+    others = f", and only {' and '.join(listing)} lists one for each" if listing else ""
+    return f"; {family.model_type} has one for all layers{others}; cut the same part of each to write it"
 
 
 def write_folder(

@@ -158,6 +158,37 @@ def key(
 
 
 @dataclass(frozen=True)
+class ByLayer:
+    """A key that lists a value of each layer, or has one for all; it comes behind those that say which layer is what.
+
+    Attributes:
+        path: of the value in a block.
+        default: ``(layers) -> value`` of a config that does not have the key, or has null.
+        single: whether one value may stand for all.
+    """
+
+    name: str
+    path: str
+    default: Callable[[int], Any]
+    single: bool = True
+
+    def read(self, config: Config, draft: Draft) -> None:
+        layers, stated = len(draft.layout), config.get(self.name)
+        value = self.default(layers) if stated is None else stated
+        if not isinstance(value, list) and not self.single:
+            raise CheckpointError(f"{self.name}: {value!r} is not a list")
+        values = value if isinstance(value, list) else [value] * layers
+        if len(values) != layers:
+            raise ConfigError(f"{self.name}: lists {len(values)} layers, and num_hidden_layers is {layers}")
+        for kind in dict.fromkeys(draft.layout):
+            own = [value for name, value in zip(draft.layout, values, strict=True) if name == kind]
+            put(draft.kinds[kind], self.path, own if any(value != own[0] for value in own) else own[0])
+
+    def write(self, layers: Layers, config: Config) -> None:
+        config[self.name] = layers.each(self.path)
+
+
+@dataclass(frozen=True)
 class Always:
     """Values of every model of a family, of which its config says nothing: path → value, or values below the path."""
 

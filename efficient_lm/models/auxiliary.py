@@ -14,14 +14,16 @@ class Auxiliary(NamedTuple):
             objective.
         observed: name → float32 of one layer. A scalar is a mean over tokens, logged as its mean over layers; an array
             is a count, summed over micro-batches and kept apart for each layer (see `FFNSpec.corrected`).
+        shared: keys and values that later layers take (see `models.sharing`); empty where none does.
     """
 
     losses: dict[str, jax.Array] = {}  # noqa: RUF012  (never written to)
     observed: dict[str, Any] = {}  # noqa: RUF012
+    shared: dict[str, Any] = {}  # noqa: RUF012
 
     def merged(self, other: "Auxiliary") -> "Auxiliary":
         """Of two parts of one layer."""
-        return Auxiliary(added(self.losses, other.losses), self.observed | other.observed)
+        return Auxiliary(added(self.losses, other.losses), self.observed | other.observed, self.shared | other.shared)
 
 
 def added(left: dict[str, jax.Array], right: dict[str, jax.Array]) -> dict[str, jax.Array]:

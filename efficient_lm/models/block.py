@@ -1,6 +1,7 @@
 """A block: a sequence mixer and a channel mixer, each with its norms and its way into the residual stream.
 
-A depth rule, where there is one, decides which tokens run it.
+A depth rule, where there is one, decides which tokens run it. Where there are several residual streams, the halves run
+on one that is made of them.
 """
 
 from collections.abc import Iterator, Mapping
@@ -16,16 +17,20 @@ from pydantic import field_validator
 
 import efficient_lm.models.depth
 import efficient_lm.models.ffns
-import efficient_lm.models.mixers  # noqa: F401  (every kind of these folders registers itself)
+import efficient_lm.models.mixers
+import efficient_lm.models.streams  # noqa: F401  (every kind of these folders registers itself)
 from efficient_lm.models.auxiliary import Auxiliary
 from efficient_lm.models.context import Context
 from efficient_lm.models.depth.base import DepthSpec
 from efficient_lm.models.depth.none import NoDepthSpec
 from efficient_lm.models.ffns.base import FFNSpec
+from efficient_lm.models.layer_embedding import LayerInputSpec
+from efficient_lm.models.layers.laurel import LaurelSpec
 from efficient_lm.models.layers.linear import scaled
 from efficient_lm.models.layers.norms import NormSpec, RMSNormSpec
-from efficient_lm.models.mixers.base import Cache, MixerSpec
+from efficient_lm.models.mixers.base import Cache, Handed, MixerSpec
 from efficient_lm.models.parameters import Initialization, Parameters
+from efficient_lm.models.streams.base import StreamsSpec
 from efficient_lm.models.traversal import Runs, Streams
 from efficient_lm.spec import OneOf, Positive, Spec
 
@@ -52,6 +57,10 @@ class BlockSpec(Spec):
         residual_multiplier: factor of the halves' outputs, one for both or one for each.
         stream_multiplier: factor of what a half's output is added to, one for both or one for each (DeepNorm, Wang et
             al. 2022, with ``post``).
+        laurel: a path of low rank beside the mixer; null: none.
+        layer_input: what is done with the layer's own embedding of each token, which `model.layer_embedding` makes;
+            null: nothing.
+        streams: several residual streams beside each other, in all blocks alike; null: one.
     """
 
     mixer: OneOf[MixerSpec] | None
@@ -63,6 +72,9 @@ class BlockSpec(Spec):
     shared_norm: bool = False
     residual_multiplier: Positive | Halves = 1.0
     stream_multiplier: Positive | Halves = 1.0
+    laurel: LaurelSpec | None = None
+    layer_input: LayerInputSpec | None = None
+    streams: OneOf[StreamsSpec] | None = None
 
     @field_validator("depth")
     @classmethod
@@ -83,7 +95,12 @@ class BlockSpec(Spec):
             yield from (
                 ("mixer", f"depth '{self.depth.kind}': {fault}") for fault in self.depth.mixer_faults(self.mixer)
             )
-        for name, part in self._parts.items():
+        if self.laurel is not None and (self.mixer is None or self.residual == "parallel"):
+            yield "laurel", "is a path beside the mixer, and needs one, and residual: sequential"
+        for name in ("streams", "layer_input"):
+            if self.depth is not None and getattr(self, name) is not None:
+                yield "depth", f"a rule chooses tokens of one stream, and does not stack with {name}: drop one of them"
+        for name, part in (self._parts | {"streams": self.streams}).items():
             if part is not None:
                 yield from ((f"{name}.{key}", message) for key, message in part.faults(width))
 
@@ -124,10 +141,15 @@ class BlockSpec(Spec):
         """Forward FLOPs of the matrices and the mixer for one token; its share of them where a depth rule chooses."""
 
         def whole(context_length: float) -> float:
-            mixer = self.mixer.flops_per_token(width, context_length) if self.mixer else 0.0
-            return mixer + (self.ffn.flops_per_token(width) if self.ffn else 0.0)
+            around = [part.flops_per_token(width) for part in (self.ffn, self.layer_input, self.streams) if part]
+            return self.mixing_flops(width, context_length) + sum(around)
 
         return whole(context_length) if self.depth is None else self.depth.flops_per_token(width, whole, context_length)
+
+    def mixing_flops(self, width: int, context_length: float) -> float:
+        """Forward FLOPs of the mixer and the path beside it for one token that runs them."""
+        mixer = self.mixer.flops_per_token(width, context_length) if self.mixer else 0.0
+        return mixer + (self.laurel.flops_per_token(width) if self.laurel else 0.0)
 
 
 def factors_of(multiplier: float | Halves) -> Halves:
@@ -172,30 +194,57 @@ class Block(nnx.Module):
         self.ffn_norm = post_norm(spec.ffn and not self.parallel)
         self.joint_norm = post_norm(self.parallel)
         self.depth = spec.depth and spec.depth.build(width, init)
+        self.laurel = spec.laurel and spec.laurel.build(width, spec.norm, init)
+        self.layer_input = spec.layer_input and spec.layer_input.build(width, spec.norm, init)
+        self.streams = spec.streams and spec.streams.build(width, init)
 
     def __call__(
         self, x: jax.Array, context: Context, cache: Cache | None = None
     ) -> tuple[jax.Array, Cache | None, Auxiliary]:
-        """`x [batch, time, width]` → the same shape and dtype, the cache with these tokens added, auxiliaries."""
+        """`x [batch, time, width]` → the same shape and dtype, the cache with these tokens added, auxiliaries.
+
+        With several streams `x` is ``[streams, batch, time, width]``.
+        """
         run = self._parallel if self.parallel else self._sequential
-        return run(x, context, cache) if self.depth is None else self.depth(run, x, context, cache)
+        if self.depth is not None:
+            return self.depth(run, x, context, cache)
+        x, kept = (x, None) if self.streams is None else self.streams.read(x, context)
+        x, cache, auxiliary = run(x, context, cache)
+        x = x if self.streams is None else self.streams.write(kept, x, context)
+        return self._with_layer_input(x, context), cache, auxiliary
+
+    def _with_layer_input(self, x: jax.Array, context: Context) -> jax.Array:
+        if self.layer_input is None:
+            return x
+        if self.streams is None:
+            return x + self.layer_input(x, context.layer_inputs)
+        return self.streams.added(x, lambda stream: self.layer_input(stream, context.layer_inputs))
 
     def _sequential(
         self, x: jax.Array, context: Context, cache: Cache | None
     ) -> tuple[jax.Array, Cache | None, Auxiliary]:
-        auxiliary = Auxiliary()
+        auxiliary, shared = Auxiliary(), {}
         if self.mixer is not None:
-            x, cache = self._mixed(x, context, cache)
+            x, cache, shared = self._mixed(x, context, cache)
         if self.ffn is not None:
             x, auxiliary = self._channel_mixed(x, context)
-        return x, cache, auxiliary
+        return x, cache, auxiliary._replace(shared=shared)
 
-    def _mixed(self, x: jax.Array, context: Context, cache: Cache | None) -> tuple[jax.Array, Cache | None]:
-        """The stream behind the mixer's half, and its cache."""
+    def _mixed(
+        self, x: jax.Array, context: Context, cache: Cache | None
+    ) -> tuple[jax.Array, Cache | None, dict[str, Any]]:
+        """The stream behind the mixer's half, its cache, and what it hands on."""
         x = _normed(self.mixer.stream_norm, x)
+        y, cache, shared = self._mixer_half(x, context, cache)
+        mixed = scaled(x, self.mixer.stream_multiplier) + checkpoint_name(y, "mixer_output")
+        mixed = mixed if self.laurel is None else self.laurel(mixed, x, _normed(self.mixer.input_norm, x))
+        return _normed(self.mixer_norm, mixed), cache, shared
+
+    def _mixer_half(
+        self, x: jax.Array, context: Context, cache: Cache | None
+    ) -> tuple[jax.Array, Cache | None, dict[str, Any]]:
         y, cache = self.mixer(x, context, cache)
-        stream = scaled(x, self.mixer.stream_multiplier)
-        return _normed(self.mixer_norm, stream + checkpoint_name(y, "mixer_output")), cache
+        return (y, *cache) if isinstance(cache, Handed) else (y, cache, {})
 
     def _channel_mixed(self, x: jax.Array, context: Context) -> tuple[jax.Array, Auxiliary]:
         """The stream behind the ffn's half, and its auxiliaries."""
@@ -207,16 +256,16 @@ class Block(nnx.Module):
     def _parallel(
         self, x: jax.Array, context: Context, cache: Cache | None
     ) -> tuple[jax.Array, Cache | None, Auxiliary]:
-        auxiliary = Auxiliary()
+        auxiliary, shared = Auxiliary(), {}
         source = _normed(self.shared_norm, x)
         total = scaled(x, (self.mixer or self.ffn).stream_multiplier)
         if self.mixer is not None:
-            y, cache = self.mixer(source, context, cache)
+            y, cache, shared = self._mixer_half(source, context, cache)
             total = total + checkpoint_name(y, "mixer_output")
         if self.ffn is not None:
             y, auxiliary = self.ffn(source, context)
             total = total + checkpoint_name(y, "ffn_output")
-        return _normed(self.joint_norm, total), cache, auxiliary
+        return _normed(self.joint_norm, total), cache, auxiliary._replace(shared=shared)
 
     def gated(
         self, x: jax.Array, context: Context, cache: Cache | None, runs: Runs, keeps_cache: bool
@@ -237,7 +286,7 @@ class Block(nnx.Module):
         if self.mixer is not None:
 
             def mix() -> tuple[jax.Array, Cache | None]:
-                mixed, new = self._mixed(x, context, cache)
+                mixed, new, _ = self._mixed(x, context, cache)
                 return _where(runs.mixer, mixed, x), new
 
             def pass_by() -> tuple[jax.Array, Cache | None]:
@@ -274,8 +323,9 @@ class Block(nnx.Module):
         after = _normed(self.joint_norm, total + _where(runs.ffn, y, zeros))
         return stream, _where(runs.ffn, after, stream), cache
 
-    def mixer_input(self, x: jax.Array) -> jax.Array:
-        """What the mixer reads of the residual stream `x [batch, time, width]`."""
+    def mixer_input(self, x: jax.Array, context: Context) -> jax.Array:
+        """What the mixer reads of the residual stream, or streams, that the block is given."""
+        x = x if self.streams is None else self.streams.read(x, context)[0]
         return _normed(self.mixer.input_norm, _normed(self.mixer.stream_norm, _normed(self.shared_norm, x)))
 
     def init_cache(self, batch: int, length: int, dtype: jax.typing.DTypeLike) -> Cache | None:

@@ -68,8 +68,7 @@ def computed(
     width, (mixers, ffns) = model.spec.width, np.asarray(ran, np.float64)
 
     def mixing(lengths: np.ndarray) -> np.ndarray:
-        parts = zip([layer.mixer for layer in model.layers], lengths, strict=True)
-        return np.array([mixer.flops_per_token(width, length) if mixer else 0.0 for mixer, length in parts])
+        return np.array([of.mixing_flops(width, length) for of, length in zip(model.layers, lengths, strict=True)])
 
     whole = np.full(len(mixers), float(context_length))
     # Tokens that a depth rule chooses see only each other.

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +12,8 @@ Mode = Literal["train", "prefill", "decode"]
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["positions", "segment_ids", "layer", "key", "pregated"],
-    meta_fields=["mode", "packed", "layers", "record", "gaps"],
+    data_fields=["positions", "segment_ids", "layer", "key", "pregated", "layer_inputs", "shared"],
+    meta_fields=["mode", "packed", "layers", "record", "gaps", "hands_on"],
 )
 @dataclass(frozen=True)
 class Context:
@@ -32,6 +32,10 @@ class Context:
         record: whether routers also observe what became of each token (arrays ``[batch, time, ...]``).
         pregated: float32 ``[batch, time, experts]``, scores of a router in front of the layers (see `models.pregate`);
             None where there is none.
+        layer_inputs: what each layer reads besides the stream, ``[layers, batch, time, size]``, and in a layer its own
+            ``[batch, time, size]`` (see `models.layer_embedding`); None where there is none.
+        shared: keys and values that the layer takes from an earlier one (see `models.sharing`); the stack sets it.
+        hands_on: whether later layers take this one's keys and values; the stack sets it.
     """
 
     positions: jax.Array
@@ -44,6 +48,9 @@ class Context:
     record: bool = False
     gaps: bool = False
     pregated: jax.Array | None = None
+    layer_inputs: jax.Array | None = None
+    shared: dict[str, Any] | None = None
+    hands_on: bool = False
 
     def random(self, purpose: int) -> jax.Array | None:
         """The key of this layer's random numbers for a purpose; None where nothing is random."""

@@ -15,10 +15,12 @@ from efficient_lm.models.block import REMAT_NAMES, BlockSpec
 from efficient_lm.models.context import Context
 from efficient_lm.models.elastic import ElasticSpec, NumberingSpec
 from efficient_lm.models.exits import Exits, ExitSpec, ExitStreams
+from efficient_lm.models.layer_embedding import LayerEmbeddingSpec
 from efficient_lm.models.layers.norms import NormSpec, RMSNormSpec
 from efficient_lm.models.mixers.base import MixerSpec
 from efficient_lm.models.parameters import Blueprint, Initialization, Normal, Parameters, parameter
 from efficient_lm.models.pregate import PregateSpec
+from efficient_lm.models.sharing import sharing_faults
 from efficient_lm.models.stack import Caches, Remat, Stack
 from efficient_lm.spec import Count, Listing, OneOf, Positive, Spec
 
@@ -39,6 +41,7 @@ class ModelSpec(Spec):
         tied: whether the head uses the embedding's weights.
         embedding_multiplier: factor of the embedding; ``sqrt_width`` as in Gemma.
         pregate: a router in front of the layers, which mixtures of experts share; null has none.
+        layer_embedding: embeddings that each layer has of its own, for blocks with a `layer_input`; null has none.
         learned_positions: rows of a table of learned absolute positions added to the embedding; null has none.
         logit_softcap: bounds the logits by ``softcap * tanh(logit / softcap)``.
         logit_multiplier: factor of the logits.
@@ -61,6 +64,7 @@ class ModelSpec(Spec):
     final_norm: OneOf[NormSpec] | None = RMSNormSpec()
     tied: bool = False
     embedding_multiplier: Positive | Literal["sqrt_width"] = 1.0
+    layer_embedding: LayerEmbeddingSpec | None = None
     learned_positions: Count | None = None
     logit_softcap: Positive | None = None
     logit_multiplier: Positive = 1.0
@@ -85,6 +89,7 @@ class ModelSpec(Spec):
             for key, message in layer.faults(self.width):
                 raise ConfigError(f"model.blocks.{name}.{key}: {message}")
         self._check_pregate()
+        self._check_around_layers()
         if self.exits is not None:
             for key, message in self.exits.faults(len(self.layer_names()), self.final_norm is not None):
                 raise ConfigError(f"model.exits.{key}: {message}")
@@ -111,6 +116,29 @@ class ModelSpec(Spec):
                 )
         if not readers:
             raise ConfigError("model.pregate: no block reads its scores; set ffn.router.pregated=true in one, or null")
+
+    def _check_around_layers(self) -> None:
+        """Whether what layers share, and what they are given from in front of them, is there and fits."""
+        names, layers = self.layer_names(), self.layers()
+        for number, key, message in sharing_faults(layers, self.width):
+            raise ConfigError(f"model.blocks.{names[number]}.{key}: {message}")
+        for name, layer in zip(names, layers, strict=True):
+            if layer.streams != layers[0].streams:
+                raise ConfigError(f"model.blocks.{name}.streams: all blocks have the same, and '{names[0]}' has others")
+            if layer.layer_input is not None and self.layer_embedding is None:
+                raise ConfigError(
+                    f"model.blocks.{name}.layer_input: the model has no embeddings of each layer's own; "
+                    f"add model.layer_embedding={{size: {layer.layer_input.size}}}"
+                )
+            if layer.layer_input is not None and layer.layer_input.size != self.layer_embedding.size:
+                raise ConfigError(
+                    f"model.layer_embedding.size: {self.layer_embedding.size}, but model.blocks.{name}.layer_input "
+                    f"has {layer.layer_input.size}"
+                )
+        if self.layer_embedding is not None and not any(layer.layer_input for layer in layers):
+            raise ConfigError("model.layer_embedding: no block reads it; give one a layer_input, or set it to null")
+        if self.exits is not None and layers[0].streams is not None:
+            raise ConfigError("model.exits: heads read one residual stream, and blocks have several; drop one of them")
 
     def layer_names(self) -> list[str]:
         """The block of each layer, by name."""
@@ -194,7 +222,8 @@ class Head(nnx.Module):
 class LanguageModel:
     """A causal language model over plain parameters ``{"embedding", "stack", "head"}``.
 
-    With a router in front of the layers there is ``pregate`` too, with exits that have parameters ``exits``.
+    With a router in front of the layers there is ``pregate`` too, with exits that have parameters ``exits``, with
+    embeddings of each layer's own ``layer_embedding``, and with several residual streams ``streams``.
     """
 
     def __init__(self, spec: ModelSpec):
@@ -208,6 +237,11 @@ class LanguageModel:
         self.head = Blueprint(lambda: Head(spec, init))
         self.pregate = spec.pregate and Blueprint(lambda: spec.pregate.build(spec.width, init))
         self.exits = spec.exits and Exits(spec.exits, len(layers), spec.width, spec.final_norm, init)
+        self.layer_embedding = spec.layer_embedding and Blueprint(
+            lambda: spec.layer_embedding.build(spec.width, len(layers), spec.vocab_size, spec.embedding_std, init)
+        )
+        streams = layers[0].streams
+        self.ends = streams and Blueprint(lambda: streams.build_ends(spec.width, init))
 
     def init(self, key: jax.Array) -> Parameters:
         """Fresh float32 parameters."""
@@ -217,11 +251,17 @@ class LanguageModel:
             "stack": self.stack.init(stack),
             "head": self.head.init(head),
         }
-        if self.pregate:
-            params["pregate"] = self.pregate.init(jax.random.fold_in(key, 3))
-        if self.exits and self.exits.declarations:
-            params["exits"] = self.exits.init(jax.random.fold_in(key, 4))
+        for purpose, (name, part) in enumerate(self._others.items(), start=3):
+            if part and part.declarations:
+                params[name] = part.init(jax.random.fold_in(key, purpose))
         return params
+
+    @property
+    def _others(self) -> dict[str, Any]:
+        """Parts that not every model has, by the name of their parameters."""
+        return {
+            "pregate": self.pregate, "exits": self.exits, "layer_embedding": self.layer_embedding, "streams": self.ends,
+        }  # fmt: skip
 
     @property
     def declarations(self) -> Parameters:
@@ -231,11 +271,8 @@ class LanguageModel:
             "stack": self.stack.declarations,
             "head": self.head.declarations,
         }
-        if self.pregate:
-            declarations["pregate"] = self.pregate.declarations
-        if self.exits and self.exits.declarations:
-            declarations["exits"] = self.exits.declarations
-        return declarations
+        others = {name: part.declarations for name, part in self._others.items() if part}
+        return declarations | {name: declared for name, declared in others.items() if declared}
 
     def hidden(
         self,
@@ -285,7 +322,8 @@ class LanguageModel:
         return self.normed(params, x), collect.streams(state, x), auxiliary
 
     def normed(self, params: Parameters, x: jax.Array) -> jax.Array:
-        """The residual stream `x [..., width]` behind the final norm."""
+        """The residual stream `x [..., width]`, or streams, behind the final norm."""
+        x = x if self.ends is None else self.ends(params.get("streams", {})).joined(x)
         norm = self.head(params["head"]).norm
         return x if norm is None else norm(x)
 
@@ -299,11 +337,16 @@ class LanguageModel:
     ) -> tuple[jax.Array, Context, Caches]:
         """What the first layer reads, what layers are told, and caches of what came before; arguments as `hidden`."""
         context = context or Context.rows(*tokens.shape)
-        x = self.embedding(params["embedding"])(tokens, context.positions, dtype)
-        if self.pregate is None:
-            return x, context, {}
-        scores, cache = self.pregate(params["pregate"])(x, context, None if caches is None else caches["pregate"])
-        return x, replace(context, pregated=scores), {"pregate": cache}
+        x, entered = self.embedding(params["embedding"])(tokens, context.positions, dtype), {}
+        if self.pregate is not None:
+            cache = None if caches is None else caches["pregate"]
+            scores, cache = self.pregate(params["pregate"])(x, context, cache)
+            context, entered = replace(context, pregated=scores), {"pregate": cache}
+        if self.layer_embedding is not None:
+            inputs = self.layer_embedding(params["layer_embedding"])(tokens, x)
+            context = replace(context, layer_inputs=inputs)
+        x = x if self.ends is None else self.ends(params.get("streams", {})).split(x)
+        return x, context, entered
 
     def corrected(self, params: Parameters, counts: dict[str, Any]) -> Parameters:
         """The parameters after an optimizer step, moved by what the step's tokens were counted to do.
@@ -344,9 +387,12 @@ class LanguageModel:
 
     def flops_per_token(self, context_length: int) -> float:
         """Forward FLOPs for one token, the head included and the embedding not."""
-        blocks = sum(layer.flops_per_token(self.spec.width, context_length) for layer in self.layers)
-        pregate = self.spec.pregate.flops_per_token(self.spec.width, context_length) if self.spec.pregate else 0.0
-        return pregate + blocks + 2.0 * self.spec.width * self.spec.vocab_size
+        spec, width = self.spec, self.spec.width
+        flops = sum(layer.flops_per_token(width, context_length) for layer in self.layers)
+        flops += spec.pregate.flops_per_token(width, context_length) if spec.pregate else 0.0
+        flops += spec.layer_embedding.flops_per_token(width, len(self.layers)) if spec.layer_embedding else 0.0
+        flops += self.layers[0].streams.flops_of_ends(width) if self.ends else 0.0
+        return flops + 2.0 * width * spec.vocab_size
 
     def training_flops_per_token(self, context_length: int) -> float:
         """FLOPs for one token of a training step: three times those of the forward pass, exits included."""

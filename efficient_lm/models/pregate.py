@@ -44,6 +44,14 @@ class PregateSpec(Spec):
             yield "block.mixer", f"'{block.mixer.kind}' sees later tokens, and the router is causal"
         if block.depth is not None:
             yield "block.depth", "the router scores every token: null is the only value"
+        for name in ("streams", "layer_input"):
+            if getattr(block, name) is not None:
+                yield (
+                    f"block.{name}",
+                    "is for the model's layers, and the router is in front of them: null is the only value",
+                )
+        if block.mixer is not None and block.mixer.takes_keys:
+            yield "block.mixer.shares_keys", "there is no layer before the router: false is the only value"
         if block.ffn is not None and not isinstance(block.ffn, DenseSpec):
             yield "block.ffn", f"the router has no routers of its own: take a dense kind, not '{block.ffn.kind}'"
 

@@ -20,6 +20,7 @@ from efficient_lm.models.context import Context
 from efficient_lm.models.elastic import NumberingSpec
 from efficient_lm.models.layers.linear import GROUPED
 from efficient_lm.models.parameters import Blueprint, Initialization, Parameters, map_declarations
+from efficient_lm.models.sharing import Sharing
 from efficient_lm.models.traversal import State, Streams, Traversal
 
 Remat = Literal["none", "full", "dots", "names"]
@@ -106,6 +107,7 @@ class Stack:
         self.segments, self.depth = segment(layers), numbering.of if numbering else len(layers)
         self.numbers = tuple(numbering.layers if numbering else range(len(layers)))
         self.scan, self.remat = scan, checkpoint_policy(remat, remat_names)
+        self.sharing = Sharing(layers, width)
         kinds = {spec: Blueprint(lambda spec=spec: spec.build(width, init)) for spec in dict.fromkeys(layers)}
         self.periods = [[kinds[spec] for spec in part.period] for part in self.segments]
 
@@ -153,39 +155,70 @@ class Stack:
     ) -> tuple[jax.Array, Caches | None, Auxiliary, State]:
         """`x [batch, time, width]` through every layer → the same, the caches with these tokens, auxiliaries, a state.
 
+        With several residual streams `x` is ``[streams, batch, time, width]``.
+
         Losses are summed over layers; what was observed is ``{"segment_0": {"layer_0": {name: values}}}``, stacked over
         repeats as parameters are. The state is that of the traversal behind the last layer; None without one.
         """
         new_caches: Caches = {}
         losses: dict[str, jax.Array] = {}
         observed: dict[str, Any] = {}
+        shared: dict[str, Any] = {}
         state = None if traversal is None else traversal.start(x)
         for name, (part, period) in zip(params, zip(self.segments, self.periods, strict=True), strict=True):
             mine = self.numbers[part.start : part.start + part.layers]
             order = jnp.asarray(mine, jnp.int32).reshape(part.repeats, len(period))
             tables = None if traversal is None else _cut(traversal.tables, part)
-            steps = (params[name], None if caches is None else caches[name], order, tables)
-            body = self._period(period, context, traversal)
+            inputs = None if context.layer_inputs is None else _cut(context.layer_inputs, part)
+            steps = (params[name], None if caches is None else caches[name], order, tables, inputs)
+            body = self._period(part, period, context, traversal, shared)
             if part.repeats > 1 and self.scan:
-                (x, state), (new_caches[name], more, observed[name]) = lax.scan(body, (x, state), steps)
+                carry = (x, state, self._held(part, body, (x, state, {}), steps, shared))
+                (x, state, held), (new_caches[name], more, observed[name]) = lax.scan(body, carry, steps)
             else:
-                (x, state), (new_caches[name], more, observed[name]) = _unrolled(body, (x, state), steps, part.repeats)
+                carry, (new_caches[name], more, observed[name]) = _unrolled(body, (x, state, {}), steps, part.repeats)
+                x, state, held = carry
+            shared = shared | held
             losses = added(losses, jax.tree.map(lambda values: values.sum(0), more))
         return x, None if caches is None else new_caches, Auxiliary(losses, observed), state
 
-    def _period(self, period: Sequence[Blueprint], context: Context, traversal: Traversal | None) -> Callable:
-        depth = self.depth
+    def _handed(self, part: Segment) -> set[str]:
+        """Names of what a segment hands on to its own next repeat, or to later segments."""
+        given = set(self.sharing.hands_on[part.start : part.start + part.layers]) - {None}
+        return given & self.sharing.wanted_after(part.start + len(part.period))
+
+    def _held(
+        self, part: Segment, body: Callable, carry: Any, steps: Any, shared: dict[str, Any]
+    ) -> dict[str, jax.Array]:
+        """What a scan of a segment begins with of what it hands on: zeros where no layer has handed it on yet."""
+        if not self._handed(part):
+            return {}
+        shapes = jax.eval_shape(body, carry, jax.tree.map(lambda leaf: leaf[0], steps))[0][2]
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+        return zeros | {name: shared[name] for name in zeros if name in shared}
+
+    def _period(
+        self,
+        part: Segment,
+        period: Sequence[Blueprint],
+        context: Context,
+        traversal: Traversal | None,
+        shared: dict[str, Any],
+    ) -> Callable:
+        handed, hands_on = self._handed(part), self.sharing.hands_on
 
         def run(
-            carry: tuple[jax.Array, State], step: tuple[Parameters, Caches | None, jax.Array, Any]
-        ) -> tuple[tuple[jax.Array, State], tuple[Any, dict[str, jax.Array], dict[str, Any]]]:
-            x, state = carry
-            params, caches, order, tables = step
+            carry: tuple[jax.Array, State, dict[str, Any]], step: tuple[Parameters, Caches | None, jax.Array, Any, Any]
+        ) -> tuple[tuple[jax.Array, State, dict[str, Any]], tuple[Any, dict[str, jax.Array], dict[str, Any]]]:
+            x, state, held = carry
+            params, caches, order, tables, inputs = step
+            found = shared | held
             new_caches: dict[str, Any] = {}
             losses: dict[str, jax.Array] = {}
             observed: dict[str, Any] = {}
             for place, ((name, values), blueprint) in enumerate(zip(params.items(), period, strict=True)):
-                here = replace(context, layer=order[place], layers=depth)
+                own = None if inputs is None else inputs[place]
+                here = self.told(context, part.start + place, order[place], own, found)
                 cache = None if caches is None else caches[name]
                 if traversal is None:
                     x, new_caches[name], more = self._block(blueprint, values, x, here, cache)
@@ -195,9 +228,28 @@ class Stack:
                         traversal, state, table, blueprint, values, x, here, cache
                     )
                 losses, observed[name] = added(losses, more.losses), more.observed
-            return (x, state), (None if caches is None else new_caches, losses, observed)
+                if here.hands_on:
+                    found[hands_on[part.start + place]] = more.shared
+            held = {name: found[name] for name in handed}
+            return (x, state, held), (None if caches is None else new_caches, losses, observed)
 
         return run
+
+    def told(
+        self, context: Context, layer: int, number: jax.Array, inputs: jax.Array | None, shared: dict[str, Any]
+    ) -> Context:
+        """What a layer is told.
+
+        Args:
+            layer: its place, or that of another in its segment that is alike.
+            number: what it is told of its place.
+            inputs: its own of the context's layer inputs.
+            shared: what layers so far have handed on, by name.
+        """
+        takes, gives = self.sharing.takes[layer], self.sharing.hands_on[layer] is not None
+        taken = None if takes is None else shared[takes]
+        own = {"layer_inputs": inputs, "shared": taken, "hands_on": gives}
+        return replace(context, layer=number, layers=self.depth, **own)
 
     def _block(
         self, blueprint: Blueprint, params: Parameters, x: jax.Array, context: Context, cache: Any

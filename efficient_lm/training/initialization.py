@@ -144,9 +144,11 @@ def _take_vocabulary(
     """Rows of known tokens; others get the mean of the source's, so that they begin as likely as a middling token."""
     axis = declared.axes.index("vocab")
     ours, source = np.moveaxis(view, axis, 0), np.moveaxis(theirs, axis, 0)
-    known = rows >= 0
-    ours[known] = source[rows[known]]
-    ours[~known] = source.mean(axis=0)
+    # A table may have fewer rows than the vocabulary.
+    rows = rows[: len(ours)]
+    known = (rows >= 0) & (rows < len(source))
+    ours[: len(rows)][known] = source[rows[known]]
+    ours[: len(rows)][~known] = source.mean(axis=0)
     if not known.all():
         yield f"{name}: {(~known).sum():,} of {len(rows):,} tokens are new, and begin with the mean of the source's"
 

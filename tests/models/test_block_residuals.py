@@ -33,7 +33,7 @@ def test_factors_and_norms_by_the_formula(place, drawn):
         want = rms(want, 1.5) if place == "post" else want
     np.testing.assert_allclose(block(x, ROWS)[0], want, rtol=2e-5, atol=2e-5)
     source = x if place == "post" else rms(x, 1.5)
-    np.testing.assert_allclose(block.mixer_input(x), source, rtol=1e-5)
+    np.testing.assert_allclose(block.mixer_input(x, ROWS), source, rtol=1e-5)
 
 
 def test_one_factor_for_parallel_halves(drawn):

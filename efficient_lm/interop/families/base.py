@@ -8,7 +8,7 @@ import numpy as np
 
 from efficient_lm.errors import CheckpointError, ConfigError
 from efficient_lm.interop.description import Tensor
-from efficient_lm.interop.keys import Binding, Config, Draft, Inexpressible, Layers, Only, merged
+from efficient_lm.interop.keys import Binding, ByLayer, Config, Draft, Inexpressible, Layers, Only, merged
 from efficient_lm.models.language_model import ModelSpec
 from efficient_lm.validation import validate
 
@@ -98,6 +98,11 @@ class Family:
             return [self.layer_tensors] * len(spec.layer_names())
         return [self.layer_tensors[kind] for kind in Layers(spec, self.kinds).kinds]
 
+    @property
+    def listed(self) -> set[str]:
+        """Paths, in a block, of values that each layer has its own of."""
+        return {binding.path for binding in self.keys if isinstance(binding, ByLayer)}
+
     def applied_dropouts(self, config: Config) -> list[str]:
         """Dropout rates of a config that are not zero."""
         return [name for name in self.dropouts if config.get(name)]
@@ -106,7 +111,10 @@ class Family:
 def essence(spec: ModelSpec) -> Config:
     """What a spec computes, as plain values: each layer with its defaults filled in, training's choices left out."""
     layers = Layers(spec)
-    model = {name: value for name, value in layers.model.items() if name not in ("blocks", "layout", "repeats")}
+    left_out = {"blocks", "layout", "repeats", "elastic"}
+    if not any(layer.mixer is not None and layer.mixer.goes_by_place for layer in spec.layers()):
+        left_out.add("numbering")
+    model = {name: value for name, value in layers.model.items() if name not in left_out}
     return _without({**model, "layers": layers.layers})
 
 

@@ -1,12 +1,14 @@
 """Dense channel mixers: the plain MLP and the gated ones."""
 
 from functools import partial
-from typing import ClassVar, Literal
+from statistics import NormalDist
+from typing import Annotated, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from pydantic import Field
 
 from efficient_lm.models.auxiliary import Auxiliary
 from efficient_lm.models.context import Context
@@ -16,7 +18,7 @@ from efficient_lm.models.layers.groups import Groups
 from efficient_lm.models.layers.linear import Linear, scaled
 from efficient_lm.models.layers.ternary import TernaryLinear
 from efficient_lm.models.parameters import Initialization
-from efficient_lm.spec import Count, PerLayer, Positive
+from efficient_lm.spec import Count, PerLayer, Positive, Real
 
 
 class DenseSpec(FFNSpec):
@@ -28,6 +30,7 @@ class DenseSpec(FFNSpec):
         bias: whether the linear maps have biases.
         output_multiplier: constant factor of the result.
         ternary: whether the maps' weights are -1, 0 or 1, and their inputs normed and of eight bits.
+        sparsity: about which part of a token's units is zero in front of the activation (see `sparse`); 0: as they are.
     """
 
     gated: ClassVar[bool] = False
@@ -36,6 +39,7 @@ class DenseSpec(FFNSpec):
     bias: bool = False
     output_multiplier: Positive = 1.0
     ternary: bool = False
+    sparsity: PerLayer[Annotated[Real, Field(ge=0, lt=1)]] = 0.0
 
     def hidden_size(self, width: int) -> int:
         """Hidden units in a model of this width; an `expansion` is rounded to a multiple of 8."""
@@ -145,6 +149,23 @@ class Dense(nnx.Module):
         """What the last map reads, `[..., hidden]`."""
         spec = self.spec
         if not spec.gated:
-            return ACTIVATIONS[spec.activation](checkpoint_name(self.up(x, groups), "ffn_hidden"))
+            up = checkpoint_name(self.up(x, groups), "ffn_hidden")
+            return ACTIVATIONS[spec.activation](sparse(up, spec.sparsity))
         both = checkpoint_name(self.gate_up(x, groups), "ffn_hidden")
-        return spec.units(scaled(both[..., 0, :], spec.gate_multiplier), both[..., 1, :])
+        gate = scaled(both[..., 0, :], spec.gate_multiplier)
+        return spec.units(sparse(gate, spec.sparsity), both[..., 1, :])
+
+
+def sparse(units: jax.Array, sparsity: float) -> jax.Array:
+    """``max(u - (mean(u) + q std(u)), 0)``, q the normal distribution's quantile of `sparsity`, over the last axis.
+
+    Of units that are normally distributed, that part is zero: the largest stay, found without sorting (Spark
+    Transformer, You et al. 2025, arXiv 2506.06644). Same shape and dtype; `units` themselves for a sparsity of 0.
+    """
+    if sparsity == 0.0:
+        return units
+    wide = units.astype(jnp.float32)
+    mean, variance = jnp.mean(wide, -1, keepdims=True), jnp.var(wide, -1, keepdims=True)
+    # Above zero: the root has no slope there, and units that are all alike are no reason to have none.
+    cutoff = mean + NormalDist().inv_cdf(sparsity) * jnp.sqrt(jnp.maximum(variance, 1e-30))
+    return jnp.maximum(wide - cutoff, 0.0).astype(units.dtype)

@@ -24,6 +24,7 @@ class GatedNorm(nnx.Module):
         activation: of the gate.
         epsilon: added to the mean square.
         shared: the scale has only the axes that the mean is over, one for all heads.
+        groups: parts of the first axis, each normed by itself; its size is a multiple of them.
     """
 
     def __init__(
@@ -35,16 +36,21 @@ class GatedNorm(nnx.Module):
         activation: Activation = "silu",
         epsilon: float = 1e-5,
         shared: bool = False,
+        groups: int = 1,
     ):
         names = list(axes)[-over:] if shared else list(axes)
         self.scale = parameter({name: axes[name] for name in names}, ONES)
         self.over, self.order, self.epsilon = tuple(range(-over, 0)), order, epsilon
-        self.activation = ACTIVATIONS[activation]
+        self.activation, self.groups = ACTIVATIONS[activation], groups
 
     def __call__(self, y: jax.Array, z: jax.Array) -> jax.Array:
         """`y`, `z` ``[..., *axes]`` → the same shape, in the dtype of `z`."""
         gate, wide = self.activation(z.astype(jnp.float32)), y.astype(jnp.float32)
         wide = wide * gate if self.order == "gate_first" else wide
-        normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=self.over, keepdims=True) + self.epsilon)
-        normed = normed * self.scale[...]
+        split = wide
+        if self.groups > 1:
+            place = wide.ndim - self.scale[...].ndim
+            split = wide.reshape(*wide.shape[:place], self.groups, -1, *wide.shape[place + 1 :])
+        normed = split * jax.lax.rsqrt(jnp.mean(split * split, axis=self.over, keepdims=True) + self.epsilon)
+        normed = normed.reshape(wide.shape) * self.scale[...]
         return (normed if self.order == "gate_first" else normed * gate).astype(z.dtype)

@@ -6,8 +6,8 @@ keeps softmax statistics, recurrences and norms in float32. Its spec counts what
 ``init_cache`` makes.
 """
 
-from collections.abc import Iterator
-from typing import ClassVar
+from collections.abc import Hashable, Iterator
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 from flax import nnx
@@ -18,6 +18,18 @@ from efficient_lm.spec import Choice
 
 Cache = dict[str, jax.Array]
 """What a mixer remembers of the tokens it has seen; every array has a leading batch axis."""
+
+
+class Handed(NamedTuple):
+    """What a mixer returns in place of its cache where the context says that it hands on (see `models.sharing`).
+
+    Attributes:
+        cache: with these tokens added; None without one.
+        shared: keys and values, as a later mixer finds them in its context.
+    """
+
+    cache: Cache | None
+    shared: dict[str, Any]
 
 
 class MixerSpec(Elastic, Choice, role="mixer"):
@@ -35,6 +47,24 @@ class MixerSpec(Elastic, Choice, role="mixer"):
     def takes_back(self) -> bool:
         """Whether its cache has a place of its own for each token, so that the newest can be taken back by number."""
         return False
+
+    @property
+    def goes_by_place(self) -> bool:
+        """Whether what it computes depends on which layer of the model it is in (see `ModelSpec.numbering`)."""
+        return any(part.goes_by_place for part in self.inside().values() if isinstance(part, MixerSpec))
+
+    @property
+    def takes_keys(self) -> bool:
+        """Whether it takes keys and values of an earlier layer in place of its own."""
+        return False
+
+    def with_own_keys(self) -> "MixerSpec":
+        """The same with keys and values of its own."""
+        return self
+
+    def keys_alike(self, width: int) -> Hashable | None:
+        """What a layer must have in common with this one to take its keys and values; None: it has none to give."""
+        return None
 
     def faults(self, width: int) -> Iterator[tuple[str, str]]:
         """What cannot work in a model of this width: pairs of (key, message)."""

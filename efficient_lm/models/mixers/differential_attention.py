@@ -49,6 +49,10 @@ class DifferentialAttentionSpec(AttentionSpec):
     lambda_std: Positive = 0.1
     head_norm: OneOf[NormSpec] = RMSNormSpec(epsilon=1e-5, scale=False)
 
+    @property
+    def goes_by_place(self) -> bool:
+        return isinstance(self.lambda_init, DepthCurve)
+
     def faults(self, width: int) -> Iterator[tuple[str, str]]:
         for name in ("heads", "kv_heads"):
             count = getattr(self, name) or 2

@@ -29,6 +29,10 @@ class HGRN2Spec(MatrixStateSpec):
     kind: Literal["hgrn2"] = "hgrn2"
     norm: OneOf[NormSpec] = RMSNormSpec(epsilon=1e-5)
 
+    @property
+    def goes_by_place(self) -> bool:
+        return True
+
     def counted(self) -> dict[str, tuple[str, ...]]:
         return super().counted() | {"state": ("key_size",)}
 

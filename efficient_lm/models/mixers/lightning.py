@@ -39,6 +39,10 @@ class LightningSpec(FixedDecaySpec):
     decay_heads: Count | None = None
     norm: OneOf[NormSpec] = RMSNormSpec(scale=False)
 
+    @property
+    def goes_by_place(self) -> bool:
+        return True
+
     def cut(self, units: Mapping[str, int]) -> "LightningSpec":
         return super().cut(units).model_copy(update={"decay_heads": self.decay_heads or self.heads})
 

@@ -136,13 +136,10 @@ class Mamba2(nnx.Module):
         self.dt_bias = parameter(heads, TIME_STEP)
         self.A_log = parameter(heads, Uniform(1.0, 16.0, jnp.log))
         self.D = parameter(heads, ONES)
-        self.norm = spec.norm and self._build_norm(**values)
+        self.norm = spec.norm and GatedNorm(
+            values, over=2, order=spec.norm, epsilon=spec.norm_epsilon, groups=spec.groups
+        )
         self.output = Linear(values, embed, init=init, bias=spec.output_bias, residual=True)
-
-    def _build_norm(self, heads: int, head_dim: int) -> GatedNorm:
-        groups = self.spec.groups
-        split = {"groups": groups, "group_heads": heads // groups} if groups > 1 else {"heads": heads}
-        return GatedNorm({**split, "head_dim": head_dim}, over=2, order=self.spec.norm, epsilon=self.spec.norm_epsilon)
 
     def __call__(self, x: jax.Array, context: Context, cache: Cache | None = None) -> tuple[jax.Array, Cache | None]:
         """`x [batch, time, width]` → the same shape and dtype, and the cache after these tokens."""
@@ -181,10 +178,7 @@ class Mamba2(nnx.Module):
         """float32 `y` and `z` ``[batch, time, heads, head_size]`` → the same shape, in the dtype of `z`."""
         if self.norm is None:
             return (y * jax.nn.silu(z.astype(jnp.float32))).astype(z.dtype)
-        if self.spec.groups == 1:
-            return self.norm(y, z)
-        split = (*y.shape[:2], self.spec.groups, -1, y.shape[-1])
-        return self.norm(y.reshape(split), z.reshape(split)).reshape(y.shape)
+        return self.norm(y, z)
 
     def log_decay(self, x: jax.Array, context: Context) -> jax.Array:
         """``Δ A``, float32 ``[batch, time, heads]``."""

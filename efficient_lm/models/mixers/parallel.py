@@ -50,6 +50,8 @@ class ParallelSpec(MixerSpec):
         for name, branch in self.branches.items():
             if branch.mixer.bidirectional:
                 yield f"{name}.mixer.kind", f"'{branch.mixer.kind}' sees later tokens, and a branch must not"
+            if branch.mixer.takes_keys:
+                yield f"{name}.mixer.shares_keys", "a branch has keys and values of its own; false is the only value"
             yield from ((f"{name}.mixer.{key}", message) for key, message in branch.mixer.faults(width))
 
     def resolved(self, width: int) -> "ParallelSpec":

@@ -43,6 +43,13 @@ class SkippingSpec(Choice, role="skipping"):
                     f"skipping: '{self.kind}' and the depth rule '{layer.depth.kind}' of model.blocks.{name} would "
                     "both decide what a token runs, and do not stack; leave skipping out"
                 )
+            for part in ("streams", "layer_input"):
+                if getattr(layer, part) is not None:
+                    raise ConfigError(
+                        f"skipping: tokens cannot pass by the {part} of model.blocks.{name}; leave it out"
+                    )
+        if model.stack.sharing:
+            raise ConfigError("skipping: layers take the keys and values of others, which no token can pass by")
         for key, message in self.faults(model):
             raise ConfigError(f"skipping.{key}: {message}")
 
