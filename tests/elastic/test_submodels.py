@@ -163,6 +163,15 @@ def test_layers_of_unequal_parts_share_a_block(drawn):
     assert small.spec.blocks["two"].mixer.state_size == 4 and small.spec.blocks["one"] == hybrid.spec.blocks["one"]
 
 
+def test_groups_of_heads_with_a_norm_of_their_own(drawn):
+    model = model_of("mamba2", groups=2, norm="gate_first")
+    params = drawn(model)
+    small, mine = part_of(model, params, heads=0.5)
+    assert small.layers[0].mixer.groups == 1 and small.layers[0].mixer.heads == 2
+    expected = jax.jit(model.logits)(emptied(model, params, small), TOKENS)
+    np.testing.assert_allclose(jax.jit(small.logits)(mine, TOKENS), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_experts(drawn):
     ffn = {"kind": "moe", "experts": 8, "top_k": 2, "expert": {"kind": "swiglu", "hidden": 16}}
     model = model_of(ffn=ffn)

@@ -23,8 +23,8 @@ from efficient_lm.objectives.causal_lm import CausalLMSpec
 GOLDENS = Path(__file__).parent.parent / "goldens"
 END = 2
 NAMES = [
-    "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "gemma3n", "olmo2", "gpt_neox", "gpt2", "diffllama", "mamba",
-    "falcon_mamba", "recurrent_gemma", "lfm2", "olmo_hybrid", "mixtral", "olmoe", "qwen3_moe", "gpt_oss", "deepseek_v3",
+    "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "gemma3n", "olmo2", "gpt_neox", "gpt2", "diffllama",
+    "mamba", "falcon_mamba", "recurrent_gemma", "lfm2", "olmo_hybrid", "mixtral", "olmoe", "qwen3_moe", "gpt_oss", "deepseek_v3",
     "minimax", "jamba", "nemotron_h", "qwen3_next", "kimi_linear",
     "qwen3_next_dense", "kimi_linear_dense", "deepseek_v3_dense", "mamba2", "bamba", "falcon_h1", "jamba_dense",
     "nemotron_h_dense", "minimax_dense",

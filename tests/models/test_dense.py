@@ -54,5 +54,20 @@ def test_equals_its_formula(kind, options, activation):
     assert spec.flops_per_token(WIDTH) == 2 * sum(p["weight"].size for p in params.values())
 
 
+@pytest.mark.parametrize("kind", ["reglu", "mlp"])
+def test_units_far_above_the_mean_stay(kind):
+    spec = FFNSpec.lookup(kind).model_validate({"kind": kind, "hidden": 64, "sparsity": 0.9})
+    ffn = Blueprint(lambda: spec.build(WIDTH, Initialization()))
+    params, x = ffn.init(jax.random.key(0)), np.asarray(jax.random.normal(jax.random.key(1), (1, 200, WIDTH)))
+    hidden = np.asarray(jax.jit(lambda params, x: ffn(params).hidden(x))(params, x))
+    first = params["up"]["weight"] if kind == "mlp" else params["gate_up"]["weight"][:, 0]
+    units = x @ np.asarray(first)
+    # 0.9 of a normal distribution is below 1.2815516 standard deviations above the mean.
+    kept = np.maximum(units - units.mean(-1, keepdims=True) - 1.2815516 * units.std(-1, keepdims=True), 0)
+    assert 0.08 < (kept > 0).mean() < 0.12
+    want = FUNCTIONS["gelu"](kept) if kind == "mlp" else kept * (x @ np.asarray(params["gate_up"]["weight"][:, 1]))
+    np.testing.assert_allclose(hidden, want, atol=1e-5)
+
+
 def test_every_activation_is_tested():
     assert set(FUNCTIONS) == set(ACTIVATIONS)
