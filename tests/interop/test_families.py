@@ -24,10 +24,10 @@ GOLDENS = Path(__file__).parent.parent / "goldens"
 END = 2
 NAMES = [
     "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "gemma3n", "olmo2", "gpt_neox", "gpt2", "diffllama",
-    "mamba", "falcon_mamba", "recurrent_gemma", "lfm2", "olmo_hybrid", "mixtral", "olmoe", "qwen3_moe", "gpt_oss", "deepseek_v3",
-    "minimax", "jamba", "nemotron_h", "qwen3_next", "kimi_linear",
-    "qwen3_next_dense", "kimi_linear_dense", "deepseek_v3_dense", "mamba2", "bamba", "falcon_h1", "jamba_dense",
-    "nemotron_h_dense", "minimax_dense",
+    "mamba", "falcon_mamba", "recurrent_gemma", "lfm2", "olmo_hybrid", "mixtral", "olmoe", "qwen3_moe", "gpt_oss",
+    "deepseek_v3", "minimax", "jamba", "nemotron_h", "qwen3_next", "kimi_linear", "qwen3_next_dense",
+    "kimi_linear_dense", "deepseek_v3_dense", "mamba2", "bamba", "falcon_h1", "jamba_dense", "nemotron_h_dense",
+    "minimax_dense",
 ]  # fmt: skip
 # What the reference names otherwise when it saves than in its modules; three convolutions are one of its modules, and
 # so are the gates and values of all experts.
