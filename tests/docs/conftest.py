@@ -6,13 +6,14 @@ import shlex
 import pytest
 
 from efficient_lm.composition import compose
-from efficient_lm.config import EvaluateConfig, GenerateConfig, RunConfig
+from efficient_lm.config import ConvertConfig, EvaluateConfig, GenerateConfig, RunConfig
 from efficient_lm.upcycling.config import ExtractConfig, MergeConfig, UpcycleConfig
 from efficient_lm.validation import validate
 
 CONFIGS = {
     "train": RunConfig, "plan": RunConfig, "evaluate": EvaluateConfig, "generate": GenerateConfig,
     "upcycle": UpcycleConfig, "merge": MergeConfig, "extract": ExtractConfig,
+    "convert": ConvertConfig,
 }  # fmt: skip
 
 
