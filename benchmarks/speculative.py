@@ -3,6 +3,7 @@
     export PYTHONPATH=.                                          # where the package is not installed
     python benchmarks/speculative.py --checkpoint runs/nested    # drafts of a model that was trained for them
     python benchmarks/speculative.py                             # of a wide one, right as often as it is made so
+    python benchmarks/speculative.py --mixer mamba2              # whose states do not forget rejected tokens
 
 The arms take turns for several rounds, one prompt at a time, so that what else the machine does meets all of them;
 `ratio` is the median, over rounds, of the time of plain decoding by that of the arm: above 1, drafting is sooner;
@@ -43,8 +44,8 @@ CONTEXT = 128
 
 
 def wide(options: argparse.Namespace) -> LanguageModel:
-    """A Llama whose channel mixers are eight times as wide as its stream."""
-    mixer = {"kind": "attention", "heads": options.heads}
+    """A Llama, or the same with another mixer, whose channel mixers are eight times as wide as its stream."""
+    mixer = {"kind": options.mixer, "heads": options.heads}
     block = {"mixer": mixer, "ffn": {"kind": "swiglu", "hidden": options.hidden}}
     return ModelSpec(
         width=options.width, blocks={"layer": block}, layout=["layer"], repeats=options.layers,
@@ -149,6 +150,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, nargs="+", default=[4], help="drafted at a time")
     parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 0.8], help="of a checkpoint")
     parser.add_argument("--rest", type=float, nargs="+", default=[0.1, 0.2, 0.3], help="without a checkpoint")
+    parser.add_argument("--mixer", default="attention", help="without a checkpoint, a kind that has heads")
     sizes = {"width": 384, "layers": 6, "heads": 6, "hidden": 3072, "vocabulary": 4096, "new": 64, "rounds": 5}
     for name, size in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=size)
@@ -159,7 +161,8 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     options = parse()
     rows = measure(options)
-    of = "wide" if options.checkpoint is None else Path(options.checkpoint).name
+    made = "wide" if options.mixer == "attention" else f"wide_{options.mixer}"
+    of = made if options.checkpoint is None else Path(options.checkpoint).name
     settings = {name: value for name, value in vars(options).items() if name != "output"} | {"checkpoint": of}
     output = options.output or HERE / "results" / f"speculative_{of}_{jax.default_backend()}.json"
     output.parent.mkdir(parents=True, exist_ok=True)
