@@ -168,7 +168,7 @@ def _whole(model: Model, elastic: ElasticSpec | Mapping[str, Any] | None, order:
     if elastic is None and order is None and not trained:
         raise ConfigError(
             "elastic: the model was not trained to have smaller ones inside: say among which parts to choose, "
-            "elastic.ffn=[0.25,0.5,0.75,1]; or only what is worth keeping, order=activation, for MatFormer's"
+            "elastic.ffn=[0.25,0.5,0.75,1]; order=activation by itself takes MatFormer's"
         )
     if elastic is None and trained:
         if order is not None:

@@ -70,7 +70,7 @@ def test_a_nested_model_is_chosen_from_along_other_axes_too(nested, tmp_path):
 @pytest.mark.parametrize(
     ("keys", "said"),
     [
-        (["budget.params=1e4"], "say among which parts to choose, elastic.ffn=[0.25,0.5,0.75,1]; or only"),
+        (["budget.params=1e4"], "say among which parts to choose, elastic.ffn=[0.25,0.5,0.75,1]; order="),
         (["search=mix_n_match"], "elastic: the model was not trained to have smaller ones inside"),
         (["elastic.ffn=[0.5,1]"], "extract: say what stays"),
         (["elastic.ffn=[0.5,1]", "ffn=0.5"], "elastic: a budget or a search chooses among granularities"),
