@@ -14,21 +14,17 @@ Needs jax, flax, optax and pydantic.
 """
 
 import argparse
-import json
 import statistics
-from pathlib import Path
 from typing import Any
 
 import jax
-from timing import surroundings
-from train_step import alternate, framework_arm, make_batch, ratio
+from train_step import alternate, framework_arm, keep, make_batch, ratio, shapes
 
 from efficient_lm.models.language_model import LanguageModel, ModelSpec
 from efficient_lm.models.parameters import Parameters, count_parameters
 from efficient_lm.objectives.base import Batch
 from efficient_lm.objectives.causal_lm import CausalLMSpec
 
-HERE = Path(__file__).parent
 TOP_K, EXPERTS, CAPACITY = 2, 8, 0.125
 COUNTS = (4, 8, 16, 32, 64)
 
@@ -114,28 +110,15 @@ def memory(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = shapes(__doc__, document=0)
     parser.add_argument("what", choices=("experts", "depth", "memory"))
-    sizes = {"width": 256, "layers": 8, "heads": 4, "hidden": 1024, "vocabulary": 4096, "batch": 8, "time": 256}
-    for name, size in (sizes | {"rounds": 7, "steps": 3}).items():
-        parser.add_argument(f"--{name}", type=int, default=size)
-    parser.add_argument("--document", type=int, default=0, help="mean tokens per document; 0: rows are not packed")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--remat", choices=("none", "full", "dots", "names"))
-    parser.add_argument("--output", type=Path, help="file of the results; default: by what and device in results/")
     return parser.parse_args()
 
 
 def main() -> None:
     options = parse()
     results = memory(options) if options.what == "memory" else compare(options)
-    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
-    name = f"conditional_{options.what}_{jax.default_backend()}_{options.dtype}.json"
-    output = options.output or HERE / "results" / name
-    output.parent.mkdir(parents=True, exist_ok=True)
-    about = surroundings("jax", "jaxlib", "flax", "optax")
-    output.write_text(json.dumps({**about, "settings": settings, **results}, indent=1) + "\n")
-    print(f"kept in {output}")
+    keep(f"conditional_{options.what}", options, results)
 
 
 if __name__ == "__main__":

@@ -16,14 +16,10 @@ pydantic.
 """
 
 import argparse
-import json
 import statistics
-from pathlib import Path
 from typing import Any
 
-import jax
-from timing import surroundings
-from train_step import alternate, framework_arm, make_batch
+from train_step import alternate, framework_arm, keep, make_batch, shapes
 
 from efficient_lm.elastic.mixed import MixedSpec
 from efficient_lm.elastic.nested import nested_models
@@ -32,7 +28,6 @@ from efficient_lm.models.elastic import MATFORMER
 from efficient_lm.models.language_model import ModelSpec
 from efficient_lm.models.parameters import count_parameters
 
-HERE = Path(__file__).parent
 STRATEGIES: tuple[NestingSpec, ...] = (SampleSpec(), JointSpec(), SandwichSpec(), MixedSpec())
 
 
@@ -45,6 +40,7 @@ def model_spec(options: argparse.Namespace) -> ModelSpec:
         layout=["layer"],
         repeats=options.layers,
         vocab_size=options.vocabulary,
+        **({} if options.remat is None else {"remat": options.remat}),
         elastic=MATFORMER,
     )
 
@@ -69,26 +65,11 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     return {"arms": results, "parameters": {each.name: count_parameters(each.model.declarations) for each in inside}}
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    sizes = {"width": 256, "layers": 8, "heads": 4, "hidden": 1024, "vocabulary": 4096, "batch": 8, "time": 256}
-    for name, size in (sizes | {"rounds": 8, "steps": 8}).items():
-        parser.add_argument(f"--{name}", type=int, default=size)
-    parser.add_argument("--document", type=int, default=128, help="mean tokens per document; 0: rows are not packed")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--output", type=Path, help="file of the results; default: by device in results/")
-    return parser.parse_args()
-
-
 def main() -> None:
-    options = parse()
-    results = measure(options)
-    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
-    output = options.output or HERE / "results" / f"nesting_{jax.default_backend()}_{options.dtype}.json"
-    output.parent.mkdir(parents=True, exist_ok=True)
-    about = surroundings("jax", "jaxlib", "flax", "optax")
-    output.write_text(json.dumps({**about, "settings": settings, **results}, indent=1) + "\n")
-    print(f"kept in {output}")
+    parser = shapes(__doc__)
+    parser.set_defaults(rounds=8, steps=8)
+    options = parser.parse_args()
+    keep("nesting", options, measure(options))
 
 
 if __name__ == "__main__":

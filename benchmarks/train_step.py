@@ -359,20 +359,38 @@ def compile_once(options: argparse.Namespace, depth: int, batch: dict[str, jax.S
     return time.perf_counter() - start
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    sizes = {"width": 256, "layers": 8, "heads": 4, "hidden": 688, "vocabulary": 4096, "batch": 8, "time": 256}
+def shapes(description: str, document: int = 128, hidden: int = 1024) -> argparse.ArgumentParser:
+    """A command line with the shapes of a Llama of 8 layers, how often its steps are timed, and where that is kept."""
+    parser = argparse.ArgumentParser(description=description.splitlines()[0])
+    sizes = {"width": 256, "layers": 8, "heads": 4, "hidden": hidden, "vocabulary": 4096, "batch": 8, "time": 256}
     for name, size in (sizes | {"rounds": 7, "steps": 3}).items():
         parser.add_argument(f"--{name}", type=int, default=size)
-    parser.add_argument("--document", type=int, default=128, help="mean tokens per document; 0: rows are not packed")
+    parser.add_argument(
+        "--document", type=int, default=document, help="mean tokens per document; 0: rows are not packed"
+    )
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--remat", choices=("none", "full", "dots", "names"), help="of the framework's arm")
+    parser.add_argument("--remat", choices=("none", "full", "dots", "names"), help="of the framework's models")
+    parser.add_argument("--output", type=Path, help="file of the results; default: by what and device in results/")
+    return parser
+
+
+def keep(what: str, options: argparse.Namespace, results: dict[str, Any], **changed: Any) -> None:
+    """Write results with the machine and the options, `changed` ones as given here."""
+    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
+    output = options.output or HERE / "results" / f"{what}_{jax.default_backend()}_{options.dtype}.json"
+    output.parent.mkdir(parents=True, exist_ok=True)
+    about = surroundings("jax", "jaxlib", "flax", "optax")
+    output.write_text(json.dumps({**about, "settings": settings | changed, **results}, indent=1) + "\n")
+    print(f"kept in {output}")
+
+
+def parse() -> argparse.Namespace:
+    parser = shapes(__doc__, hidden=688)
     parser.add_argument("--peer-remat", choices=("none", "dots"), default="dots", help="of the hand-written arms")
     parser.add_argument("--architecture", choices=("llama", "mamba", "mamba2"), default="llama")
     parser.add_argument("--arms", nargs="+", help="default: framework, and of a llama also hand_written and plain")
     parser.add_argument("--torch", metavar="PYTHON", help="an interpreter with torch and transformers")
     parser.add_argument("--compile-time", action="store_true", help="seconds to compile 6 and 48 layers instead")
-    parser.add_argument("--output", type=Path, help="file of the results; default: by device and shape in results/")
     options = parser.parse_args()
     options.arms = (
         options.arms or ["framework", "hand_written", "plain"][: None if options.architecture == "llama" else 1]
@@ -383,16 +401,9 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     options = parse()
     results = compile_times(options) if options.compile_time else report(options)
-    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
-    settings["torch"] = options.torch is not None
     family = "" if options.architecture == "llama" else f"{options.architecture}_"
     what = f"{family}compile_time" if options.compile_time else f"train_step_{family}w{options.width}_l{options.layers}"
-    output = options.output or HERE / "results" / f"{what}_{jax.default_backend()}_{options.dtype}.json"
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(
-        json.dumps({**surroundings("jax", "jaxlib", "flax", "optax"), "settings": settings, **results}, indent=1) + "\n"
-    )
-    print(f"kept in {output}")
+    keep(what, options, results, torch=options.torch is not None)
 
 
 if __name__ == "__main__":
