@@ -146,6 +146,12 @@ def family_of(config: Config, where: str) -> Family:
     name = config.get("model_type")
     if not isinstance(name, str):
         raise CheckpointError(f"{where}: no key 'model_type', so the family is unknown")
+    text = config.get("text_config")
+    if name not in FAMILIES and isinstance(text, dict) and text.get("model_type") in FAMILIES:
+        raise ConfigError(
+            f"{where}: model_type '{name}' is text and more; a folder of its text model alone, "
+            f"'{text['model_type']}', is supported"
+        )
     if name not in FAMILIES:
         raise ConfigError(f"{where}: model_type '{name}' is not supported; {nearest(name, FAMILIES)}")
     return FAMILIES[name]

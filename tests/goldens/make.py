@@ -41,6 +41,13 @@ FAMILIES = {
     "qwen3": ("qwen3", {"head_dim": 16}),
     "gemma2": ("gemma2", {"head_dim": 16, "sliding_window": 16}),
     "gemma3": ("gemma3_text", {"head_dim": 16, "sliding_window": 16, "num_hidden_layers": 6}),
+    "gemma3n": (
+        "gemma3n_text",
+        {
+            "head_dim": 8, "sliding_window": 16, "num_hidden_layers": 5, "num_kv_shared_layers": 0, "laurel_rank": 8,
+            "altup_num_inputs": 2, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 96,
+        },
+    ),
     "olmo2": ("olmo2", {}),
     "gpt_neox": ("gpt_neox", {}),
     "gpt2": ("gpt2", {"n_inner": None}),

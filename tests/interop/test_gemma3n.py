@@ -137,6 +137,12 @@ def test_units_change_places_by_what_they_are_worth(model):
     np.testing.assert_allclose(model.model.logits(params, IDS), want, atol=1e-5 * np.abs(want).max())
 
 
+def test_models_of_more_than_text_are_refused(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gemma3n", "text_config": config_of()}))
+    with pytest.raises(ConfigError, match="model_type 'gemma3n' is text and more; .* 'gemma3n_text', is supported"):
+        elm.from_hf(tmp_path)
+
+
 def test_what_no_family_says(tmp_path):
     llama = elm.from_hf(GOLDENS / "llama")
     with pytest.raises(ConfigError) as fault:
