@@ -21,7 +21,8 @@ def project(tmp_path_factory):
     for part in ("efficient_lm", "kernels_pallas", "configs"):
         shutil.copytree(ROOT / part, folder / part, ignore=unwanted)
     (folder / "tests" / "models").mkdir(parents=True)
-    shutil.copy(ROOT / "tests" / "models" / "test_mixers.py", folder / "tests" / "models")
+    for test in ("conftest.py", "models/conftest.py", "models/test_mixers.py"):
+        shutil.copy(ROOT / "tests" / test, folder / "tests" / test)
     files = re.findall(r"^`([\w/.]+)`\n\n```\w+\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
     for path, content in files:
         assert not (folder / path).exists()
