@@ -17,7 +17,6 @@ there is of them, the fewer drafts are right. Needs jax, flax, optax and pydanti
 """
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Sequence
@@ -26,7 +25,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from timing import surroundings
+from train_step import keep
 
 from efficient_lm.api import load
 from efficient_lm.elastic.choices import choose
@@ -37,7 +36,6 @@ from efficient_lm.inference.speculative import SpeculativeDecoder
 from efficient_lm.models.language_model import LanguageModel, ModelSpec
 from efficient_lm.models.parameters import Parameters
 
-HERE = Path(__file__).parent
 PROMPTS = ("In war, ", "The people of the United States", "I recommend")
 CONTEXT = 128
 """Tokens of the sequence that FLOPs are counted for."""
@@ -79,12 +77,12 @@ def race(
 ) -> list[dict[str, Any]]:
     """A row for plain decoding, and for every draft and number of tokens it drafts at a time."""
     sampling, whole = SamplingSpec(temperature=temperature), model.flops_per_token(CONTEXT)
-    arms: list[tuple[dict[str, Any], Decoder]] = [({"draft": None}, Decoder(model, params))]
+    arms: list[tuple[dict[str, Any], Decoder]] = [({"draft": None}, Decoder(model, params, options.dtype))]
     for part in options.drafts:
         small, values = draft_of(model, params, part)
         about = {"draft": part, "draft_flops": round(small.flops_per_token(CONTEXT) / whole, 3)}
         for count in options.tokens:
-            decoder = SpeculativeDecoder(model, params, [(small, values)], tokens=count)
+            decoder = SpeculativeDecoder(model, params, [(small, values)], options.dtype, count)
             arms.append((about | {"draft_tokens": count}, decoder))
     taken: list[list[tuple[float, float]]] = [[] for _ in arms]
     reports: list[list[dict[str, Any]]] = [[] for _ in arms]
@@ -154,6 +152,7 @@ def parse() -> argparse.Namespace:
     sizes = {"width": 384, "layers": 6, "heads": 6, "hidden": 3072, "vocabulary": 4096, "new": 64, "rounds": 5}
     for name, size in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=size)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--output", type=Path, help="file of the results; default: by device in results/")
     return parser.parse_args()
 
@@ -163,11 +162,7 @@ def main() -> None:
     rows = measure(options)
     made = "wide" if options.mixer == "attention" else f"wide_{options.mixer}"
     of = made if options.checkpoint is None else Path(options.checkpoint).name
-    settings = {name: value for name, value in vars(options).items() if name != "output"} | {"checkpoint": of}
-    output = options.output or HERE / "results" / f"speculative_{of}_{jax.default_backend()}.json"
-    output.parent.mkdir(parents=True, exist_ok=True)
-    found = {**surroundings("jax", "jaxlib", "flax"), "settings": settings, "rows": rows}
-    output.write_text(json.dumps(found, indent=1) + "\n")
+    keep(f"speculative_{of}", options, {"rows": rows}, checkpoint=of)
 
 
 if __name__ == "__main__":
