@@ -11,7 +11,7 @@ import efficient_lm as elm
 from efficient_lm.config import load_run_config
 from efficient_lm.data.tokenizers import ByteTokenizer, SotuBPESpec
 from efficient_lm.errors import CheckpointError, ConfigError
-from efficient_lm.training.initialization import matching_rows
+from efficient_lm.training.initialization import Source, matching_rows, transferred
 from efficient_lm.training.loop import train
 
 GOLDENS = Path(__file__).parent.parent / "goldens"
@@ -174,3 +174,13 @@ def test_faults_are_named_and_leave_nothing(llama, text, tmp_path, overrides, ki
 def test_matching_rows_of_one_tokenizer_are_the_same_numbers():
     rows = matching_rows(ByteTokenizer(), ByteTokenizer(), 257, 260)
     assert rows.tolist() == [*range(257), -1, -1, -1]
+
+
+def test_a_table_may_have_fewer_rows_than_the_vocabulary():
+    found = elm.from_hf(GOLDENS / "gemma3n")
+    source = Source("gemma3n", found.model, found.params, ByteTokenizer(), None, None)
+    larger = found.config.model.model_copy(update={"vocab_size": 100}).build()
+    params = transferred(source, larger, ByteTokenizer(), jax.random.key(0))
+    np.testing.assert_array_equal(params["layer_embedding"]["tokens"], found.params["layer_embedding"]["tokens"])
+    np.testing.assert_array_equal(params["embedding"]["tokens"][:96], found.params["embedding"]["tokens"])
+    assert params["embedding"]["tokens"].shape == (100, 32)
