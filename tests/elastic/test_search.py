@@ -115,8 +115,17 @@ def test_a_search_goes_on_where_it_stopped(tmp_path, monkeypatch, drawn):
     assert again.computed == 0
     assert again((2, 1)) != part and again.computed == 1
     again.close()
-    with pytest.raises(CheckpointError, match="scores of another model, other rows or another fitness"):
+    with pytest.raises(CheckpointError, match="scores of another model, other parts, other rows or another fitness"):
         Scorer(space, params, rows(seed=1), "loss", tmp_path)
+
+
+def test_scores_of_parts_along_another_axis_are_not_taken(tmp_path, drawn):
+    ffn, heads = (space_of(model_of({axis: [0.5, 1]}, repeats=2)) for axis in ("ffn", "heads"))
+    assert [each.name for each in ffn.nested] == [each.name for each in heads.nested]
+    params = drawn(ffn.model)
+    Scorer(ffn, params, rows(), "loss", tmp_path).close()
+    with pytest.raises(CheckpointError, match="scores of another model, other parts"):
+        Scorer(heads, params, rows(), "loss", tmp_path)
 
 
 def test_mixes_lie_between_neighbours_and_grow_with_depth():

@@ -34,7 +34,7 @@ class Scorer:
         begun: called with the number of each submodel that is computed anew.
 
     Raises:
-        CheckpointError: the file is of another model, other rows or another fitness.
+        CheckpointError: the file is of another model, other parts of it, other rows or another fitness.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class Scorer:
         about = {
             "of": _fingerprint(params, self._batches),
             "fitness": fitness,
-            "levels": [e.name for e in space.nested],
+            "levels": [each.parts for each in space.nested],
         }
         self._file = MetricsFile(folder, SCORED)
         self._resume(folder, about)
@@ -98,7 +98,8 @@ class Scorer:
             return
         if rows[0] != about:
             raise CheckpointError(
-                f"{self._file.path}: scores of another model, other rows or another fitness; choose another output"
+                f"{self._file.path}: scores of another model, other parts, other rows or another fitness; "
+                "choose another output"
             )
         for row in rows[1:]:
             value = float("nan") if row["score"] is None else row["score"]
