@@ -6,7 +6,11 @@ whole unless something damaged it afterwards; one that cannot be read is named a
 """
 
 import logging
+import math
 import shutil
+from collections.abc import Sequence
+from itertools import accumulate
+from operator import mul
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +76,8 @@ class Checkpoints:
     def restore(self, abstract: dict[str, Any], steps: list[int] | None = None) -> tuple[dict[str, Any], dict] | None:
         """The items and record of the newest checkpoint that can be read; None if there is no checkpoint.
 
+        Arrays that were saved with some axes in one, or one in several, are given the shapes that are expected.
+
         Args:
             abstract: per item, shapes, dtypes and shardings of what is expected.
             steps: checkpoints to choose from; all by default.
@@ -81,8 +87,8 @@ class Checkpoints:
             try:
                 record = dict(self._checkpointer.checkpointables_metadata(step).custom_metadata)
                 _check_shapes(record["shapes"], abstract["parameters"], self.folder / str(step))
-                items = self._checkpointer.load_checkpointables(step, abstract)
-                return {name: items[name] for name in abstract}, record
+                items = self._checkpointer.load_checkpointables(step, _as_saved(abstract, record["shapes"]))
+                return {name: jax.tree.map(_as_expected, items[name], abstract[name]) for name in abstract}, record
             except CheckpointError:
                 raise
             except Exception as error:
@@ -162,11 +168,40 @@ def _check_shapes(saved: dict[str, list], expected: Parameters, where: Path) -> 
     wanted = _shapes(expected)
     for name in sorted(set(saved) | set(wanted)):
         found, want = saved.get(name), wanted.get(name)
-        if found != want:
+        if found != want and not (found and want and found[1] == want[1] and _regrouped(found[0], want[0])):
             shown = [f"{shape[1]}{shape[0]}" if shape else "nothing" for shape in (found, want)]
             raise CheckpointError(
                 f"{where}: another architecture: '{name}' is {shown[0]} in the checkpoint and {shown[1]} in the config"
             )
+
+
+def _regrouped(shape: Sequence[int], other: Sequence[int]) -> bool:
+    """Whether one of the shapes has each axis of the other, or several in its place: values are in the same order."""
+    ends, others = (set(accumulate(sizes, mul)) for sizes in (shape, other))
+    return math.prod(shape) == math.prod(other) and (ends <= others or others <= ends)
+
+
+def _as_saved(abstract: dict[str, Any], saved: dict[str, list]) -> dict[str, Any]:
+    """`abstract` with the shapes that parameters, and what an optimizer keeps for each of them, were saved with."""
+    shapes = _shapes(abstract["parameters"])
+    changed = {name: (saved[name][0], shape) for name, (shape, _) in shapes.items() if saved[name][0] != shape}
+
+    def before(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        name = ".".join(step.key for step in path if isinstance(step, jax.tree_util.DictKey))
+        for parameter, (shape, now) in changed.items():
+            if f".{name}".endswith(f".{parameter}") and list(leaf.shape) == now:
+                # A sharding of other axes does not fit: whole on each device, until it has the axes expected.
+                devices = leaf.sharding
+                if isinstance(devices, jax.sharding.NamedSharding):
+                    devices = jax.sharding.NamedSharding(devices.mesh, jax.sharding.PartitionSpec())
+                return jax.ShapeDtypeStruct(tuple(shape), leaf.dtype, sharding=devices)
+        return leaf
+
+    return jax.tree_util.tree_map_with_path(before, abstract) if changed else abstract
+
+
+def _as_expected(leaf: jax.Array, expected: jax.ShapeDtypeStruct) -> jax.Array:
+    return leaf if leaf.shape == expected.shape else jax.device_put(leaf.reshape(expected.shape), expected.sharding)
 
 
 def _brief(error: BaseException) -> str:
