@@ -34,12 +34,12 @@ Main keys
 
 Examples
   efficient-lm extract checkpoint=runs/nested output=runs/half ffn=0.5
-  efficient-lm extract checkpoint=runs/nested output=runs/uneven ffn=[0.25,0.5,0.5,1] layers=[0,1,2,4]
-  efficient-lm extract checkpoint=runs/quickstart output=runs/pruned ffn=0.5 heads=0.5 order=activation
+  efficient-lm extract checkpoint=runs/nested output=runs/uneven ffn=[0.25,0.5,0.5,1] layers=[0,1,3]
+  efficient-lm extract checkpoint=runs/plain output=runs/pruned ffn=0.5 layers=0.5 order=activation
   efficient-lm extract checkpoint=runs/both output=runs/without_code experts=[0,1]
   efficient-lm extract checkpoint=runs/moe_tiny output=runs/half experts=4 by=weight
   efficient-lm extract checkpoint=runs/nested output=runs/small budget.params=12e6 search=evolution
-  efficient-lm extract checkpoint=runs/quickstart output=runs/small budget.params=3e6 elastic.ffn=[0.25,0.5,0.75,1]
+  efficient-lm extract checkpoint=runs/plain output=runs/small budget.params=3e6 elastic.ffn=[0.25,0.5,0.75,1]
 """
 
 
