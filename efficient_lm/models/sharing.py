@@ -16,7 +16,7 @@ class Sharing:
         sources: of each layer the number of the one whose keys and values it takes; None where it has its own.
         takes: of each layer the name of what it takes; None: nothing.
         hands_on: of each layer the name of what it hands on, to the layers up to the next that hands on so named; None:
-            nothing.
+            nothing. Layers that are alike do alike, whoever takes it; those with a depth rule hand nothing on.
     """
 
     def __init__(self, layers: Sequence[BlockSpec], width: int):
@@ -29,7 +29,8 @@ class Sharing:
         wanted = [alike[number] for number, taking in enumerate(takes) if taking]
         names = {what: f"keys_{place}" for place, what in enumerate(dict.fromkeys(wanted))}
         self.takes = [names[what] if taking else None for what, taking in zip(alike, takes, strict=True)]
-        self.hands_on = [None if taking else names.get(what) for what, taking in zip(alike, takes, strict=True)]
+        gives = [not taking and layer.depth is None for layer, taking in zip(layers, takes, strict=True)]
+        self.hands_on = [names.get(what) if giving else None for what, giving in zip(alike, gives, strict=True)]
 
     def __bool__(self) -> bool:
         return any(name is not None for name in self.takes)
@@ -42,7 +43,7 @@ class Sharing:
 def sharing_faults(layers: Sequence[BlockSpec], width: int) -> Iterator[tuple[int, str, str]]:
     """What cannot work of layers that take keys and values: layer, key and message."""
     sharing = Sharing(layers, width)
-    for number, (layer, source) in enumerate(zip(layers, sharing.sources, strict=True)):
+    for number, source in enumerate(sharing.sources):
         if sharing.takes[number] is None:
             continue
         if source is None:
@@ -52,5 +53,7 @@ def sharing_faults(layers: Sequence[BlockSpec], width: int) -> Iterator[tuple[in
                 f"no layer before layer {number} has keys and values of its own and the same kind, kv_heads, "
                 "head_size, window, kept_tokens and position; give it its own",
             )
-        elif layer.depth is not None or layers[source].depth is not None:
-            yield number, "depth", f"layer {number} takes the keys and values of layer {source}, which every token has"
+            continue
+        for place in (number, source):
+            if layers[place].depth is not None:
+                yield place, "depth", f"layer {number} takes the keys and values of layer {source}: no token passes by"

@@ -153,6 +153,23 @@ def test_faults(changes, words):
     assert words in str(error.value)
 
 
+def with_depth(layout):
+    plain, depth = {"mixer": OWN}, {"kind": "mixture_of_depths", "capacity": 0.5}
+    blocks = {"own": plain, "deep": plain | {"depth": depth}, "shared": {"mixer": {**MIXER, "shares_keys": True}}}
+    return validate(ModelSpec, {"width": WIDTH, "vocab_size": VOCAB, "blocks": blocks, "layout": layout}, "model")
+
+
+def test_layers_that_tokens_pass_by_hand_nothing_on():
+    """Their keys are of the tokens that ran them, and between layers that every token runs they are no one's."""
+    model = with_depth(["own", "deep", "deep", "own", "shared"]).build()
+    assert model.stack.sharing.sources[4] == 3
+    assert [name is not None for name in model.stack.sharing.hands_on] == [True, False, False, True, False]
+    ids = jnp.zeros((1, TIME), jnp.int32)
+    assert jax.eval_shape(lambda: model.logits(model.init(jax.random.key(0)), ids)).shape == (1, TIME, VOCAB)
+    with pytest.raises(ConfigError, match=r"blocks.deep.depth: layer 2 takes the keys and values of layer 1: no token"):
+        with_depth(["own", "deep", "shared"])
+
+
 def test_blocks_have_the_same_streams():
     spec = whole().spec.dump()
     spec["blocks"]["full"]["streams"] = None
