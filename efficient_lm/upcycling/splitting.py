@@ -64,6 +64,11 @@ class SplitSpec(ExpertsSpec):
     def mixture(self, dense: DenseSpec, width: int) -> MoESpec:
         if dense.ternary:
             raise ConfigError("method: ternary weights have one scale for a whole matrix, which cannot be divided")
+        if dense.sparsity:
+            raise ConfigError(
+                f"method: which units stay by ffn.sparsity={dense.sparsity} goes by the mean of all of them, which "
+                "cannot be divided; method=copy keeps them together"
+            )
         hidden = dense.hidden_size(width)
         common, own = self._sizes(hidden)
         scale = self.scale or (float(self.top_k) if self.router.normalize else self.router.scale)

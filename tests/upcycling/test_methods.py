@@ -167,6 +167,10 @@ def test_what_cannot_be_made_experts(made, dense_spec):
     ternary = made(dense_spec({"kind": "swiglu", "hidden": 24, "ternary": True}), params={})
     with pytest.raises(ConfigError, match="ternary weights have one scale"):
         upcycled_spec(ternary.model, method("split", by="random"))
+    sparse = made(dense_spec({"kind": "swiglu", "hidden": 24, "sparsity": 0.5}), params={})
+    with pytest.raises(ConfigError, match=r"ffn.sparsity=0.5 goes by the mean .* method=copy keeps them together"):
+        upcycled_spec(sparse.model, method("split", by="random"))
+    assert upcycled_spec(sparse.model, method(experts=2)).layers()[0].ffn.expert.sparsity == 0.5
     mixtures = made(upcycled_spec(ternary.model, method(experts=2)), params={})
     with pytest.raises(ConfigError, match="checkpoint: no layer has a dense ffn to make experts of"):
         upcycled_spec(mixtures.model, method(experts=2))
