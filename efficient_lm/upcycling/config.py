@@ -143,10 +143,18 @@ class ExtractConfig(Looking):
             raise ConfigError(
                 "elastic: a budget or a search chooses among granularities; give budget.params= or search="
             )
-        orders = self.order != "none" and bool(self.parts or self.elastic or self.order)
-        if not isinstance(self.experts, int):
-            for name in ("text", "uneven", "drop_super_experts"):
-                if getattr(self, name) and not (name == "text" and (orders or self.search is not None)):
-                    why = "experts are named" if self.chooses_experts else "nothing is measured"
-                    raise ConfigError(f"{name}: {why}; it is for a number of experts, such as experts=4")
+        if self.top_k is not None and not self.chooses_experts:
+            raise ConfigError("top_k: it goes with experts that are counted or named, such as experts=4")
+        self._check_measured()
         return self
+
+    def _check_measured(self) -> None:
+        """Whether what says how something is measured is of use. Raises `ConfigError`."""
+        if isinstance(self.experts, int):
+            return
+        orders = self.order != "none" and bool(self.parts or self.elastic or self.order)
+        unread = () if orders or self.search is not None else ("text", "sequence_length")
+        for name in (*unread, "by", "uneven", "drop_super_experts"):
+            if getattr(self, name) != type(self).model_fields[name].default:
+                why = "experts are named" if self.chooses_experts else "nothing is measured"
+                raise ConfigError(f"{name}: {why}; it is for a number of experts, such as experts=4")

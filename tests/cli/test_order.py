@@ -85,6 +85,9 @@ def test_a_nested_model_is_chosen_from_along_other_axes_too(nested, tmp_path):
         (["ffn=0.5", "order=none", "text=missing.txt"], "text: nothing is measured; it is for a number of experts"),
         (["ffn=0.5", "text=missing.txt"], "missing.txt"),
         (["ffn=0.5", "uneven=true"], "uneven: nothing is measured"),
+        (["ffn=0.5", "by=weight"], "by: nothing is measured; it is for a number of experts"),
+        (["experts=0.5", "top_k=1"], "top_k: it goes with experts that are counted or named"),
+        (["budget.params=1e4", "order=none", "sequence_length=8"], "sequence_length: nothing is measured"),
     ],
 )
 def test_faults_write_nothing(run, plain, tmp_path, keys, said):
