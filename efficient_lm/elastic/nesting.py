@@ -114,18 +114,21 @@ class SampleSpec(NestingSpec):
 
 
 class JointSpec(NestingSpec):
-    """All models in every step, their losses added (MatFormer, eq. 3).
+    """All models in every step (MatFormer, eq. 3).
 
     Attributes:
-        weights: of each model's loss, the whole last, relative to each other; null: all alike.
+        weights: of each model's loss, the whole last; null: all alike.
+        average: whether the losses are averaged, so that weights are relative to each other; false: added.
     """
 
     kind: Literal["joint"] = "joint"
     weights: Annotated[Listing[Positive], Field(min_length=1)] | None = None
+    average: bool = True
 
     def gradient(self, model: LanguageModel, loss: Loss) -> Gradient:
         nested = nested_models(model)
-        weights = shares("weights", self.weights, len(nested))
+        added = self.weights or (1.0,) * len(nested)
+        weights = shares("weights", self.weights, len(nested)) if self.average else added
         parts = [loss.gradient(each) for each in nested]
 
         def gradient(params: Parameters, batch: Batch, key: jax.Array) -> Found:

@@ -86,13 +86,19 @@ def test_one_is_drawn_in_every_step():
     assert counts[0] > counts[1] > 3 and counts[2] > 3
 
 
+def weighted(weights):
+    """The sum of the gradients of each model by itself, so much of each."""
+    return jax.tree.map(lambda *leaves: sum(map(jnp.multiply, weights, leaves)), *(found for found, _ in alone()))
+
+
 def test_all_at_once():
-    grads, sums = run(JointSpec())
-    assert_close(grads, jax.tree.map(lambda *leaves: sum(leaves) / 3, *(found for found, _ in alone())))
-    grads, sums = run(JointSpec(weights=(1, 1, 2)))
-    weights = (0.25, 0.25, 0.5)
-    expected = jax.tree.map(lambda *leaves: sum(map(jnp.multiply, weights, leaves)), *(found for found, _ in alone()))
-    assert_close(grads, expected)
+    for nesting, weights in (
+        (JointSpec(), (1 / 3, 1 / 3, 1 / 3)),
+        (JointSpec(weights=(1, 1, 2)), (0.25, 0.25, 0.5)),
+        (JointSpec(weights=(1, 1, 2), average=False), (1, 1, 2)),
+    ):
+        grads, sums = run(nesting)
+        assert_close(grads, weighted(weights))
     for name, (_, own) in zip(("0.25", "0.5"), alone(), strict=False):
         assert sums.metrics[f"cross_entropy_{name}"] == pytest.approx(float(own.loss), rel=1e-6)
     assert sums.metrics["cross_entropy"] == pytest.approx(float(alone()[2][1].loss), rel=1e-6)
