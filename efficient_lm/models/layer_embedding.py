@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from efficient_lm.models.layers.activations import ACTIVATIONS, Activation
-from efficient_lm.models.layers.linear import Linear
+from efficient_lm.models.layers.linear import Linear, scaled
 from efficient_lm.models.layers.norms import NormSpec, RMSNormSpec
 from efficient_lm.models.parameters import ONES, Initialization, Normal, parameter
 from efficient_lm.spec import Count, OneOf, Spec
@@ -51,10 +51,10 @@ class LayerEmbedding(nnx.Module):
 
     def __call__(self, tokens: jax.Array, x: jax.Array) -> jax.Array:
         """int32 `tokens [batch, time]`, embedded `x [batch, time, width]` → ``[layers, batch, time, size]``."""
-        projected = self.norm(self.projection(x) * self.width**-0.5)
+        projected = self.norm(scaled(self.projection(x), self.width**-0.5))
         known = jnp.where(tokens < self.rows, tokens, 0)
-        found = self.tokens[...][known].astype(x.dtype) * math.sqrt(self.size)
-        return jnp.moveaxis((projected + found) * math.sqrt(0.5), 2, 0)
+        found = scaled(self.tokens[...][known].astype(x.dtype), math.sqrt(self.size))
+        return jnp.moveaxis(scaled(projected + found, math.sqrt(0.5)), 2, 0)
 
 
 class LayerInputSpec(Spec):

@@ -99,6 +99,20 @@ def test_a_path_beside_the_mixer(form):
     assert spec.flops_per_token(WIDTH) == 2 * 2 * WIDTH * 2
 
 
+def test_under_bfloat16_only_results_are_rounded():
+    laurel, _ = made(lambda: LaurelSpec(rank=2, form="averaged").build(WIDTH, NORM, INIT))
+    mixed = jnp.linspace(1, 2, 128, dtype=jnp.bfloat16).reshape(1, 16, WIDTH)
+    none = jnp.zeros_like(mixed)
+    want = (mixed.astype(jnp.float32) * np.sqrt(0.5)).astype(jnp.bfloat16)
+    np.testing.assert_array_equal(laurel(mixed, none, none), want)
+    altup, _ = made(lambda: AltUpSpec(count=COUNT).build(WIDTH, INIT))
+    kept, y = jnp.zeros((COUNT, *mixed.shape), jnp.bfloat16), jnp.sin(5 * mixed)
+    rough, fine = altup.write(kept, y, ROWS), altup.write(kept.astype(jnp.float32), y.astype(jnp.float32), ROWS)
+    assert rough.dtype == jnp.bfloat16
+    # The coefficients are rounded once, and so is what they are multiplied with.
+    np.testing.assert_allclose(rough.astype(jnp.float32), fine, rtol=2 * 2**-8)
+
+
 def test_embeddings_of_each_layer():
     tables, p = made(lambda: LayerEmbeddingSpec(size=4, vocab_size=6).build(WIDTH, 2, 9, 0.5, INIT))
     tokens, x = np.array([[0, 5, 6, 8, 3]]), STREAMS[0]

@@ -3,11 +3,13 @@
 import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from efficient_lm.models.auxiliary import Auxiliary
 from efficient_lm.models.ffns.base import FFNSpec
+from efficient_lm.models.ffns.dense import sparse
 from efficient_lm.models.layers.activations import ACTIVATIONS
 from efficient_lm.models.parameters import Blueprint, Initialization
 
@@ -67,6 +69,13 @@ def test_units_far_above_the_mean_stay(kind):
     assert 0.08 < (kept > 0).mean() < 0.12
     want = FUNCTIONS["gelu"](kept) if kind == "mlp" else kept * (x @ np.asarray(params["gate_up"]["weight"][:, 1]))
     np.testing.assert_allclose(hidden, want, atol=1e-5)
+
+
+def test_what_stays_is_decided_in_float32():
+    units = (100 + np.random.default_rng(0).standard_normal((4, 512))).astype(jnp.bfloat16)
+    kept = sparse(jnp.asarray(units), 0.9)
+    assert kept.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(kept, sparse(jnp.asarray(units).astype(jnp.float32), 0.9).astype(jnp.bfloat16))
 
 
 def test_every_activation_is_tested():

@@ -6,7 +6,7 @@ from typing import Literal
 import jax
 from flax import nnx
 
-from efficient_lm.models.layers.linear import LowRank
+from efficient_lm.models.layers.linear import LowRank, scaled
 from efficient_lm.models.layers.norms import NormSpec
 from efficient_lm.models.parameters import Initialization
 from efficient_lm.spec import Count, Spec
@@ -42,4 +42,4 @@ class Laurel(nnx.Module):
         """The stream `mixed [batch, time, width]` behind a mixer, which read `read` of the stream `x`, augmented."""
         if self.norm is None:
             return mixed + self.path(x)
-        return (mixed + read + self.norm(self.path(read))) * math.sqrt(0.5)
+        return scaled(mixed + read + self.norm(self.path(read)), math.sqrt(0.5))
