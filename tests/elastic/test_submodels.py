@@ -174,13 +174,16 @@ def test_groups_of_heads_with_a_norm_of_their_own(drawn):
 
 def test_experts(drawn):
     ffn = {"kind": "moe", "experts": 8, "top_k": 2, "expert": {"kind": "swiglu", "hidden": 16}}
-    model = model_of(ffn=ffn)
+    model = model_of(ffn=ffn | {"router": {"bias": True}})
     params = drawn(model)
     small, mine = part_of(model, params, experts=0.5, ffn=0.5)
     assert small.layers[0].ffn.experts == 4 and small.layers[0].ffn.expert.hidden == 8
+    # Experts that are left out compute nothing, and no token would be sent to them.
     whole = emptied(model, params, small)
     router = whole["stack"]["segment_0"]["layer_0"]["ffn"]["inner"]["router"]
-    assert router["weight"].shape == (2, WIDTH, 8) and jax.eval_shape(small.logits, mine, TOKENS).shape == (2, TIME, 32)
+    router["bias"] = router["bias"].at[:, 4:].set(-1e4)
+    expected = jax.jit(model.logits)(whole, TOKENS)
+    np.testing.assert_allclose(jax.jit(small.logits)(mine, TOKENS), expected, rtol=1e-5, atol=1e-5)
     with pytest.raises(ConfigError, match="top_k: 2, but there are 1 experts"):
         part_of(model, params, experts=0.125)
 
