@@ -12,11 +12,14 @@ SIZES := 0.5 0.25 0.125
 
 .PHONY: train test test-all lint format env lock clean
 
-# What was extracted before stays as it is.
+# What was extracted before stays as it is; what was stopped before it had a checkpoint is extracted anew.
 train: env
 	$(BIN)/efficient-lm train experiment=quickstart
 	@for size in $(SIZES); do \
-		test -e runs/quickstart-$$size || $(BIN)/efficient-lm extract checkpoint=runs/quickstart output=runs/quickstart-$$size ffn=$$size || exit; \
+		run=runs/quickstart-$$size; \
+		ls $$run/checkpoints 2>/dev/null | grep -qx '[0-9]*' && continue; \
+		rm -rf $$run; \
+		$(BIN)/efficient-lm extract checkpoint=runs/quickstart output=$$run ffn=$$size || exit; \
 	done
 
 test: env
