@@ -117,13 +117,11 @@ class Meter:
     def outside(self, model: LanguageModel) -> dict[str, float]:
         """Of what is no layer: embedding, head, exits, a router in front of the layers."""
         declared = {name: values for name, values in model.declarations.items() if name != "stack"}
-        flops = model.flops_per_token(self.length)
-        flops -= sum(layer.flops_per_token(model.spec.width, self.length) for layer in model.layers)
         caches = jax.eval_shape(lambda: model.init_caches(1, self.length, self.dtype))
         around = {name: values for name, values in caches.items() if name == "pregate"}
         found = {
             "params": count_parameters(declared),
-            "flops_per_token": flops,
+            "flops_per_token": model.flops_around_layers(self.length),
             "cache_bytes": _bytes(lambda: around),
         }
         return found | ({"latency_ms": self._outside_ms(model)} if self.latency else {})

@@ -141,8 +141,8 @@ class BlockSpec(Spec):
         """Forward FLOPs of the matrices and the mixer for one token; its share of them where a depth rule chooses."""
 
         def whole(context_length: float) -> float:
-            around = [part.flops_per_token(width) for part in (self.ffn, self.layer_input, self.streams) if part]
-            return self.mixing_flops(width, context_length) + sum(around)
+            ffn = self.ffn.flops_per_token(width) if self.ffn else 0.0
+            return self.mixing_flops(width, context_length) + ffn + self.flops_beside(width)
 
         return whole(context_length) if self.depth is None else self.depth.flops_per_token(width, whole, context_length)
 
@@ -150,6 +150,10 @@ class BlockSpec(Spec):
         """Forward FLOPs of the mixer and the path beside it for one token that runs them."""
         mixer = self.mixer.flops_per_token(width, context_length) if self.mixer else 0.0
         return mixer + (self.laurel.flops_per_token(width) if self.laurel else 0.0)
+
+    def flops_beside(self, width: int) -> float:
+        """Forward FLOPs for one token of what is in neither half."""
+        return sum(part.flops_per_token(width) for part in (self.layer_input, self.streams) if part)
 
 
 def factors_of(multiplier: float | Halves) -> Halves:

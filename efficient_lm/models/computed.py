@@ -18,8 +18,9 @@ class Computed:
     Attributes:
         tokens: how many.
         mixers, ffns: of each layer how many ran that half: float64 ``[layers]``.
-        flops: of the halves that ran, of what decided so (routers, exits that were looked at), and of the head.
-        full_flops: of every half and the head.
+        flops: of the halves that ran, of what decided so (routers, exits that were looked at), and of what every token
+            runs: the head, and what is in front of the layers and beside their halves.
+        full_flops: of every half and what every token runs.
     """
 
     tokens: int
@@ -76,11 +77,12 @@ def computed(
     chosen = [depth is not None and depth.chooses for depth in depths]
     seen = np.where(chosen, np.maximum(whole * mixers / max(tokens, 1), 1.0), whole)
     of_ffns = np.array([layer.ffn.flops_per_token(width) if layer.ffn else 0.0 for layer in model.layers])
-    head = 2.0 * width * model.spec.vocab_size
+    beside = sum(layer.flops_beside(width) for layer in model.layers)
+    always = beside + model.flops_around_layers(context_length)
     rules = sum(depth.flops_per_token(width, lambda _: 0.0, context_length) for depth in depths if depth is not None)
-    flops = mixers @ mixing(seen) + ffns @ of_ffns + tokens * (rules + head)
+    flops = mixers @ mixing(seen) + ffns @ of_ffns + tokens * (rules + always)
     if skipping is not None:
         flops += np.maximum(mixers, ffns) @ skipping.deciding(model)
-    full = tokens * (mixing(whole).sum() + of_ffns.sum() + head)
+    full = tokens * (mixing(whole).sum() + of_ffns.sum() + always)
     has = np.array([[s.mixer is not None, s.ffn is not None] for s in model.layers]).T
     return Computed(tokens, mixers * has[0], ffns * has[1], float(flops), float(full))

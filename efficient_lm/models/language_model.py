@@ -387,9 +387,13 @@ class LanguageModel:
 
     def flops_per_token(self, context_length: int) -> float:
         """Forward FLOPs for one token, the head included and the embedding not."""
+        layers = sum(layer.flops_per_token(self.spec.width, context_length) for layer in self.layers)
+        return layers + self.flops_around_layers(context_length)
+
+    def flops_around_layers(self, context_length: float) -> float:
+        """Of those of `flops_per_token` what is in front of the layers and behind them."""
         spec, width = self.spec, self.spec.width
-        flops = sum(layer.flops_per_token(width, context_length) for layer in self.layers)
-        flops += spec.pregate.flops_per_token(width, context_length) if spec.pregate else 0.0
+        flops = spec.pregate.flops_per_token(width, context_length) if spec.pregate else 0.0
         flops += spec.layer_embedding.flops_per_token(width, len(self.layers)) if spec.layer_embedding else 0.0
         flops += self.layers[0].streams.flops_of_ends(width) if self.ends else 0.0
         return flops + 2.0 * width * spec.vocab_size

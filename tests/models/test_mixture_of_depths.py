@@ -315,11 +315,12 @@ def test_flops_are_those_of_the_compiled_program():
 
 @pytest.mark.parametrize("capacity", [0.25, 1.0])
 def test_what_was_computed_is_what_the_spec_counts(capacity):
-    """Routers, predictors, and attention among the tokens that ran."""
+    """Routers, predictors, attention among the tokens that ran, and what is beside the layers and in front of them."""
     depth = {"kind": "mixture_of_depths", "capacity": capacity}
-    values = {"width": WIDTH, "vocab_size": 31, "blocks": {"layer": {**BLOCK, "depth": depth}}, "layout": ["layer"]}
-    model = validate(ModelSpec, {**values, "repeats": 2}, "model").build()
-    ran = np.full((2, 2), 5 * capacity * TIME)
+    blocks = {"layer": {**BLOCK, "depth": depth}, "every": {**BLOCK, "layer_input": {"size": 4}}}
+    values = {"width": WIDTH, "vocab_size": 31, "blocks": blocks, "layout": ["layer", "every"]}
+    model = validate(ModelSpec, {**values, "layer_embedding": {"size": 4}}, "model").build()
+    ran = 5 * TIME * np.array([[capacity, 1.0]] * 2)
     found = computed(model, None, ran, 5 * TIME, TIME)
     assert found.flops == pytest.approx(5 * TIME * model.flops_per_token(TIME))
     assert (found.flops < found.full_flops) == (capacity < 1)
