@@ -54,7 +54,9 @@ def within(
     budget, whole = _budget(budget), _whole(model, elastic, order)
     meter = _meter(model, budget, None)
     candidates: list[tuple[dict[str, float], dict[str, Any]]] = []
-    if whole.spec.elastic is None or not set(whole.spec.elastic.axes) <= {"layers", "width"}:
+    axes = set(whole.spec.elastic.axes) - {"layers", "width"}
+    # Layers that share keys keep the same part of heads, and so do all.
+    if axes and not (whole.stack.sharing and "heads" in axes):
         space = Space.of(whole, meter)
         candidates = [(space.costs.of(levels), space.parts(levels)) for levels in mixes(space)]
     candidates += [(meter.model(each.model), each.parts) for each in nested_models(whole)]

@@ -19,6 +19,15 @@ from efficient_lm.models.parameters import Blueprint, Initialization, Parameters
 from efficient_lm.models.stack import Stack
 
 
+def check_apart(model: LanguageModel, nested: Sequence[Nested]) -> None:
+    """Whether a model's layers may have parts of their own. Raises `ConfigError`."""
+    if model.stack.sharing and len({each.parts.get("heads") for each in nested}) > 1:
+        raise ConfigError(
+            "model.elastic.heads: layers take the keys and values of others, so that all keep the same part of heads; "
+            "leave the axis out where layers have parts of their own"
+        )
+
+
 class SwitchedStack(Stack):
     """The layers of a model, of which each runs one of its parts; which one may be traced."""
 
@@ -26,11 +35,7 @@ class SwitchedStack(Stack):
         spec = model.spec
         init = Initialization(spec.init_std, (2 * len(model.layers)) ** -0.5)
         super().__init__(model.layers, spec.width, init, spec.remat, spec.remat_names, spec.scan, spec.numbering)
-        if self.sharing and len({each.parts.get("heads") for each in nested}) > 1:
-            raise ConfigError(
-                "model.elastic.heads: layers take the keys and values of others, so that all keep the same part of "
-                "heads; leave the axis out where layers have parts of their own"
-            )
+        check_apart(model, nested)
         self.parts: dict[int, list[Blueprint]] = {}
         for part, period in zip(self.segments, self.periods, strict=True):
             for place, blueprint in enumerate(period):

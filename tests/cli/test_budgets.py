@@ -6,7 +6,12 @@ import numpy as np
 import pytest
 
 import efficient_lm as elm
+from efficient_lm.api import Model
+from efficient_lm.errors import ConfigError
+from efficient_lm.models.language_model import ModelSpec
 from efficient_lm.models.parameters import count_parameters
+from efficient_lm.search import search, within
+from efficient_lm.validation import validate
 
 TOKENS = np.arange(24).reshape(1, 24) % 200
 
@@ -25,11 +30,25 @@ def test_the_largest_within_a_budget(run, nested, tmp_path):
     np.testing.assert_array_equal(made.logits(TOKENS), inside.logits(TOKENS))
 
 
-@pytest.mark.parametrize("search", ["mix_n_match", "dynamic_programming", "evolution"])
-def test_the_best_that_is_found(run, nested, tmp_path, search):
+def test_layers_that_share_keys_keep_the_same_part_of_heads(nested, drawn, tmp_path):
+    trained, mixer = elm.load(nested), {"kind": "attention", "heads": 2}
+    blocks = {name: {"mixer": mixer | {"shares_keys": name == "shared"}} for name in ("own", "shared")}
+    values = {"width": 16, "blocks": blocks, "layout": ["own", "shared"], "elastic": {"heads": [0.5, 1]}}
+    spec = validate(ModelSpec, values | {"vocab_size": trained.config.model.vocab_size})
+    definition = spec.build()
+    model = Model(trained.config.model_copy(update={"model": spec}), drawn(definition), trained.tokenizer)
+    made = within(model, {"params": count_parameters(definition.declarations) - 1})
+    assert [layer.mixer.heads for layer in made.model.layers] == [1, 1]
+    with pytest.raises(ConfigError, match="heads: layers take the keys and values of others"):
+        search(model, "mix_n_match", tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("kind", ["mix_n_match", "dynamic_programming", "evolution"])
+def test_the_best_that_is_found(run, nested, tmp_path, kind):
     budget = size(nested, ffn=[0.5, 1]) + 1
-    keys = [f"checkpoint={nested}", f"output={tmp_path / 'a'}", f"search={search}", "limit=2"]
-    keys += ["search.generations=2"] if search == "evolution" else []
+    keys = [f"checkpoint={nested}", f"output={tmp_path / 'a'}", f"search={kind}", "limit=2"]
+    keys += ["search.generations=2"] if kind == "evolution" else []
     status, out, err = run("extract", *keys)
     assert status == 0, err
     assert "submodels scored" in out and [entry.name for entry in (tmp_path / "a").iterdir()] == ["search"]

@@ -10,6 +10,7 @@ import pytest
 from efficient_lm.elastic.budget import Meter
 from efficient_lm.elastic.choices import choose
 from efficient_lm.elastic.nested import nested_models
+from efficient_lm.elastic.search.base import Space
 from efficient_lm.elastic.submodels import submodel_parameters, submodel_spec
 from efficient_lm.elastic.switched import ChosenStack
 from efficient_lm.errors import ConfigError
@@ -52,8 +53,12 @@ def test_parts_chosen_while_running_are_the_submodel(drawn):
 
 def test_parts_of_heads_are_the_same_in_all_layers():
     model = model_of(heads=[0.5, 1])
-    with pytest.raises(ConfigError, match=r"model.elastic.heads: layers take the keys and values of others"):
-        ChosenStack(model, nested_models(model), jnp.zeros(4, jnp.int32))
+    for of_layers in (
+        lambda: ChosenStack(model, nested_models(model), jnp.zeros(4, jnp.int32)),
+        lambda: Space.of(model, Meter(TIME)),
+    ):
+        with pytest.raises(ConfigError, match=r"model.elastic.heads: layers take the keys and values of others"):
+            of_layers()
     small = submodel_spec(model, choose(model, {"heads": 0.5})).build()
     assert small.stack.sharing.sources == [None, 0, None, 2]
 

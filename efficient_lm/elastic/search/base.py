@@ -11,6 +11,7 @@ import numpy as np
 from efficient_lm.elastic.budget import LevelCosts, Meter
 from efficient_lm.elastic.choices import units_of
 from efficient_lm.elastic.nested import Nested, nested_models
+from efficient_lm.elastic.switched import check_apart
 from efficient_lm.errors import ConfigError
 from efficient_lm.models.elastic import ElasticSpec
 from efficient_lm.models.language_model import LanguageModel
@@ -39,7 +40,7 @@ class Space:
 
     @classmethod
     def of(cls, model: LanguageModel, meter: Meter) -> "Space":
-        """Of a model. Raises `ConfigError` if its layers have no parts that it was trained for."""
+        """Of a model. Raises `ConfigError` if its layers have no parts it was trained for, or must keep the same."""
         elastic = model.spec.elastic
         if elastic is None:
             raise ConfigError(
@@ -55,6 +56,7 @@ class Space:
             )
         by_layer = model.spec.model_copy(update={"elastic": ElasticSpec(combine=elastic.combine, **inside)}).build()
         nested = sorted(nested_models(by_layer), key=lambda each: count_parameters(each.model.declarations))
+        check_apart(model, nested)
         outside = meter.outside(model)
         layers = {
             name: np.array([[meter.layer(layer, model.spec.width)[name] for layer in each.model.layers]
