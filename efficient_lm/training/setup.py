@@ -119,7 +119,7 @@ def prepare(config: RunConfig) -> Setup:
     config = with_vocabulary(config, tokenizer)
     model = config.model.build()
     model.check_length(train.sequence_length, "train.sequence_length")
-    if not isinstance(config.nesting, NoNestingSpec):
+    if config.model.elastic is not None:
         nested_models(model)  # It says so if a part leaves nothing that works.
     if config.init_from is not None:
         check_source(Path(config.init_from), model)

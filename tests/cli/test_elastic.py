@@ -75,9 +75,13 @@ def test_faults_write_nothing(run, nested, tmp_path, keys, said):
     assert status == 2 and said in err and not (tmp_path / "new").exists()
 
 
-def test_sizes_there_are_not(run, nested, on_numbers):
+def test_sizes_there_are_not(run, nested, on_numbers, tmp_path):
     status, _, err = run("evaluate", f"checkpoint={nested}", "submodel=0.75", "limit=1")
     assert status == 2 and "submodel: the model is trained for 0.125, 0.25, 0.5, 1, and not for 0.75" in err
-    keys = ["nesting=mixed", "run.dir=nowhere", "model.elastic.layers=[0.5,1]"]
-    status, _, err = run("train", *on_numbers, *keys)
-    assert status == 2 and "'mixed' draws parts of each layer, and layers is no part of one" in err
+    for keys, said in (
+        (["nesting=mixed", "model.elastic.layers=[0.5,1]"], "'mixed' draws parts of each layer, and layers is no part"),
+        (["nesting=sample", "model.elastic.ffn=[0.5,1.5]"], "model.elastic.ffn: a granularity is a part of the whole"),
+        (["nesting=none", "model.elastic.ffn=[0.3,1]"], "model.elastic.ffn of layer 0: 0.3 of 32 is no whole number"),
+    ):
+        status, _, err = run("train", *on_numbers, f"run.dir={tmp_path / 'new'}", *keys)
+        assert status == 2 and said in err and not (tmp_path / "new").exists()
