@@ -14,11 +14,14 @@ Main keys
   train.steps= train.batch_size= train.sequence_length= train.accumulate=
   train.log_every= train.evaluate_every= train.checkpoint_every= train.keep_checkpoints=
   optimizer.learning_rate= schedule.warmup=
+  nesting=           sample, joint, sandwich, mixed: smaller models inside are trained too; none: the whole alone
+  model.elastic.ffn= model.elastic.heads= ...   their parts, [0.25,0.5,1]
   model.width= model.repeats= model.layout=[...] model.blocks.NAME.mixer.heads=
 
 Examples
   efficient-lm train experiment=quickstart
   efficient-lm train experiment=quickstart run.name=wide model.width=384 mixer.heads=6
+  efficient-lm train experiment=moe_tiny nesting=joint 'model.elastic={experts: [0.5,1]}' run.name=nested
   efficient-lm train data=multi_query_recall data.pairs=16 mixer=attention
   efficient-lm train data=files data.source.paths=[my/*.txt] tokenizer=bytes precision=bfloat16
 """
