@@ -11,6 +11,7 @@ from efficient_lm.api import Model
 from efficient_lm.config import RunConfig
 from efficient_lm.data.base import DataSpec
 from efficient_lm.data.packing import Batch
+from efficient_lm.elastic.nesting import NoNestingSpec
 from efficient_lm.errors import ConfigError
 from efficient_lm.evaluation import routing as seen
 from efficient_lm.evaluation.routing_report import figures
@@ -201,5 +202,6 @@ def rows_of(
 
 def _with(model: Model, spec: ModelSpec, params: Parameters) -> Model:
     """A model of another architecture with the same tokenizer; its config is one of a run that has not begun."""
-    config: RunConfig = model.config.model_copy(update={"model": spec, "init_from": None})
+    changes = {"model": spec, "init_from": None, "nesting": NoNestingSpec()}
+    config: RunConfig = model.config.model_copy(update=changes)
     return Model(config, params, model.tokenizer, origin=model.origin)

@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Mapping
-from typing import Annotated, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import AfterValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
@@ -135,6 +135,13 @@ class ElasticSpec(Spec):
             return [dict(zip(axes, parts, strict=True)) for parts in itertools.product(*axes.values())]
         count = max((len(parts) for parts in axes.values()), default=1)
         return [{axis: parts[min(i, len(parts) - 1)] for axis, parts in axes.items()} for i in range(count)]
+
+
+def without_axis(elastic: ElasticSpec | None, axis: Axis) -> dict[str, Any] | None:
+    """What smaller models there still are, as values, once the units of an axis are others or in another order."""
+    grids = {} if elastic is None else elastic.axes
+    left = {name: grid for name, grid in grids.items() if name != axis and len(grid) > 1}
+    return {"combine": elastic.combine, **left} if left else None
 
 
 MATFORMER = ElasticSpec(ffn=(0.125, 0.25, 0.5, 1))

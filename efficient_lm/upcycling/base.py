@@ -72,6 +72,11 @@ class ExpertsSpec(UpcyclingSpec):
         """Whether domains are clusters of rows; otherwise each text is one."""
         return False
 
+    @property
+    def divides(self) -> bool:
+        """Whether an expert has some of the hidden units, so that its first are not the first of all."""
+        return False
+
     def chosen(self, model: LanguageModel) -> list[int]:
         """The layers that become mixtures. Raises `ConfigError` for one that cannot."""
         dense = [number for number, layer in enumerate(model.layers) if isinstance(layer.ffn, DenseSpec)]

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from efficient_lm.models.elastic import without_axis
 from efficient_lm.models.language_model import LanguageModel, ModelSpec
 from efficient_lm.models.layered import layer_parameters, spec_of_layers, with_layers
 from efficient_lm.models.parameters import Blueprint, Initialization, Parameters
@@ -60,9 +61,12 @@ def upcycled_spec(model: LanguageModel, method: ExpertsSpec) -> ModelSpec:
         if method.pregate is not None:
             mixture = mixture.model_copy(update={"router": mixture.router.model_copy(update={"pregated": True})})
         layers[number] = layers[number].model_copy(update={"ffn": mixture})
-    if method.pregate is None:
-        return spec_of_layers(model.spec, layers)
-    return spec_of_layers(model.spec, layers, pregate={"experts": layers[chosen[0]].ffn.experts, **method.pregate})
+    changes: dict[str, Any] = {}
+    if method.pregate is not None:
+        changes["pregate"] = {"experts": layers[chosen[0]].ffn.experts, **method.pregate}
+    if method.divides:
+        changes["elastic"] = without_axis(model.spec.elastic, "ffn")
+    return spec_of_layers(model.spec, layers, **changes)
 
 
 def stacked(experts: Sequence[Parameters]) -> Parameters:

@@ -7,6 +7,7 @@ import numpy as np
 
 from efficient_lm.errors import ConfigError
 from efficient_lm.evaluation.routing import Routing, super_experts
+from efficient_lm.models.elastic import without_axis
 from efficient_lm.models.ffns.moe import MoESpec
 from efficient_lm.models.language_model import LanguageModel, ModelSpec
 from efficient_lm.models.layered import layer_declarations, layer_parameters, sliced, spec_of_layers, with_layers
@@ -146,7 +147,7 @@ def extracted(
             if name in inner
         }
         values[number] = values[number] | {"ffn": values[number]["ffn"] | {"inner": inner}}
-    changes, outer = {}, dict(params)
+    changes, outer = {"elastic": without_axis(model.spec.elastic, "experts")}, dict(params)
     if model.spec.pregate is not None:
         indices = _shared_choice(model, kept)
         changes["pregate"] = model.spec.pregate.model_copy(update={"experts": len(indices)}).dump()

@@ -11,6 +11,7 @@ import numpy as np
 from efficient_lm.data.packing import Batch
 from efficient_lm.errors import ConfigError
 from efficient_lm.models.block import BlockSpec
+from efficient_lm.models.elastic import without_axis
 from efficient_lm.models.ffns.dense import DenseSpec
 from efficient_lm.models.ffns.experts.balance import BalanceSpec
 from efficient_lm.models.ffns.experts.router import RouterSpec
@@ -115,7 +116,7 @@ def merged(
         layers[number] = layers[number].model_copy(update={"ffn": ffn})
         inner = {"router": router, "experts": experts, **template.rest}
         own[number] = own[number] | {"ffn": own[number]["ffn"] | {"inner": inner}}
-    spec = spec_of_layers(first.spec, layers)
+    spec = spec_of_layers(first.spec, layers, elastic=without_axis(first.spec.elastic, "experts"))
     return spec, with_layers(spec.build(), sources[0].params, own)
 
 

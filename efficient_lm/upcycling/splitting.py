@@ -61,6 +61,10 @@ class SplitSpec(ExpertsSpec):
     def clusters(self) -> bool:
         return self.by == "clusters"
 
+    @property
+    def divides(self) -> bool:
+        return True
+
     def mixture(self, dense: DenseSpec, width: int) -> MoESpec:
         if dense.ternary:
             raise ConfigError("method: ternary weights have one scale for a whole matrix, which cannot be divided")

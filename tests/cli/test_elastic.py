@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import efficient_lm as elm
+from efficient_lm.experts import upcycle
 
 TOKENS = np.arange(24).reshape(1, 24) % 200
 
@@ -56,6 +57,13 @@ def test_layers_and_blocks(run, nested, tmp_path):
         assert [layer.ffn.hidden_size(16) for layer in model.model.layers] == hidden
         assert np.all(np.isfinite(model.logits(TOKENS)))
     assert elm.load(tmp_path / "shallow").config.model.numbering.layers == (1,)
+
+
+def test_experts_that_divide_its_units_are_not_nested(nested, tmp_path):
+    for method, axes in (({"method": "split", "by": "contiguous"}, None), ({"method": "copy"}, ["ffn"])):
+        path = upcycle(elm.load(nested), experts=2, top_k=1, **method).save(tmp_path / method["method"])
+        config = elm.load(path).config
+        assert (config.model.elastic and [*config.model.elastic.axes]) == axes and config.nesting.kind == "none"
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,8 @@ MOE = {"kind": "moe", "experts": 4, "top_k": 2, "expert": {"kind": "mlp", "hidde
 @pytest.fixture(scope="module")
 def source(made, dense_spec):
     ffn = {**MOE, "router": {"bias": True, "correction": True}, "zero_experts": {"copies": 1}}
-    return made(dense_spec({**ffn, "shared": {"kind": "mlp", "hidden": 8}}, layers=2))
+    elastic = {"experts": [0.5, 1], "ffn": [0.5, 1]}
+    return made(dense_spec({**ffn, "shared": {"kind": "mlp", "hidden": 8}}, layers=2, elastic=elastic))
 
 
 def masked(model, params, kept):
@@ -31,6 +32,7 @@ def test_what_is_left_computes_as_if_routers_could_not_choose_the_others(made, s
     kept = listed_experts(source.model, wanted)
     spec, params = extracted(source.model, source.params, kept)
     assert [layer.ffn.experts for layer in spec.layers()] == [len(experts) for experts in kept]
+    assert spec.elastic.axes == {"ffn": (0.5, 1.0)}
     want = made(source.spec, masked(source.model, source.params, kept)).logits()
     np.testing.assert_allclose(made(spec, params).logits(), want, atol=2e-5 * np.abs(want).max())
 

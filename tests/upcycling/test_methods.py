@@ -29,6 +29,17 @@ def converted(made, source, how, domains=None):
     return made(spec, params)
 
 
+def test_what_was_nested_is_so_where_experts_have_all_units(made, dense_spec):
+    elastic = {"ffn": [0.5, 1], "heads": [0.5, 1]}
+    source = made(dense_spec(DENSE[0], layers=2, elastic=elastic), params={})
+    kept = upcycled_spec(source.model, method(experts=2)).elastic
+    assert kept.axes == {"ffn": (0.5, 1.0), "heads": (0.5, 1.0)}
+    divided = method("split", by="contiguous", experts=2)
+    assert upcycled_spec(source.model, divided).elastic.axes == {"heads": (0.5, 1.0)}
+    alone = made(dense_spec(DENSE[0], layers=2, elastic={"ffn": [0.5, 1]}), params={})
+    assert upcycled_spec(alone.model, divided).elastic is None
+
+
 def close(got, want, tolerance=1e-5):
     np.testing.assert_allclose(got, want, atol=tolerance * np.abs(want).max())
 
