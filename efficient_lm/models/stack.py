@@ -165,7 +165,8 @@ class Stack:
         observed: dict[str, Any] = {}
         shared: dict[str, Any] = {}
         state = None if traversal is None else traversal.start(x)
-        for name, (part, period) in zip(params, zip(self.segments, self.periods, strict=True), strict=True):
+        for number, (part, period) in enumerate(zip(self.segments, self.periods, strict=True)):
+            name = f"segment_{number}"
             mine = self.numbers[part.start : part.start + part.layers]
             order = jnp.asarray(mine, jnp.int32).reshape(part.repeats, len(period))
             tables = None if traversal is None else _cut(traversal.tables, part)
@@ -216,7 +217,9 @@ class Stack:
             new_caches: dict[str, Any] = {}
             losses: dict[str, jax.Array] = {}
             observed: dict[str, Any] = {}
-            for place, ((name, values), blueprint) in enumerate(zip(params.items(), period, strict=True)):
+            for place, blueprint in enumerate(period):
+                name = f"layer_{place}"
+                values = params[name]
                 own = None if inputs is None else inputs[place]
                 here = self.told(context, part.start + place, order[place], own, found)
                 cache = None if caches is None else caches[name]
@@ -305,13 +308,14 @@ class Stack:
 
     def corrected(self, params: Parameters, counts: dict[str, Any]) -> Parameters:
         """The parameters after an optimizer step, moved by the `counts` of each layer (see `FFNSpec.corrected`)."""
-        return {
-            f"segment_{number}": {
-                name: spec.corrected(params[f"segment_{number}"][name], counts[f"segment_{number}"][name])
-                for name, spec in zip(params[f"segment_{number}"], part.period, strict=True)
+        moved: Parameters = {}
+        for number, part in enumerate(self.segments):
+            mine, seen = params[f"segment_{number}"], counts[f"segment_{number}"]
+            names = [f"layer_{place}" for place in range(len(part.period))]
+            moved[f"segment_{number}"] = {
+                name: spec.corrected(mine[name], seen[name]) for name, spec in zip(names, part.period, strict=True)
             }
-            for number, part in enumerate(self.segments)
-        }
+        return moved
 
     def init_caches(self, batch: int, length: int, dtype: jax.typing.DTypeLike) -> Caches:
         """Empty caches of every mixer, stacked over each segment's repeats."""
