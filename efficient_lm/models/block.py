@@ -31,7 +31,7 @@ from efficient_lm.models.layers.norms import NormSpec, RMSNormSpec
 from efficient_lm.models.mixers.base import Cache, Handed, MixerSpec
 from efficient_lm.models.parameters import Initialization, Parameters
 from efficient_lm.models.streams.base import StreamsSpec
-from efficient_lm.models.traversal import Runs, Streams
+from efficient_lm.models.traversal import Passage, Runs
 from efficient_lm.spec import OneOf, Positive, Spec
 
 
@@ -273,7 +273,7 @@ class Block(nnx.Module):
 
     def gated(
         self, x: jax.Array, context: Context, cache: Cache | None, runs: Runs, keeps_cache: bool
-    ) -> tuple[Streams, Cache | None, Auxiliary]:
+    ) -> tuple[Passage, Cache | None, Auxiliary]:
         """As `__call__`, where `runs` says which tokens run which half; the stream of others goes past it unchanged.
 
         A half that no token runs is not computed, but for what `keeps_cache` has the mixer remember. The depth rule
@@ -281,7 +281,7 @@ class Block(nnx.Module):
         """
         run = self._gated_parallel if self.parallel else self._gated_sequential
         between, after, cache = run(x, context, cache, runs, keeps_cache)
-        return Streams(x, between, after), cache, Auxiliary({}, {"mixer_ran": runs.mixer, "ffn_ran": runs.ffn})
+        return Passage(x, between, after), cache, Auxiliary({}, {"mixer_ran": runs.mixer, "ffn_ran": runs.ffn})
 
     def _gated_sequential(
         self, x: jax.Array, context: Context, cache: Cache | None, runs: Runs, keeps_cache: bool

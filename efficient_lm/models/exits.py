@@ -29,7 +29,7 @@ from efficient_lm.models.parameters import (
     map_declarations,
     parameter,
 )
-from efficient_lm.models.traversal import Runs, Streams, Traversal
+from efficient_lm.models.traversal import Passage, Runs, Traversal
 from efficient_lm.spec import Choice, Count, Fraction, Listing, OneOf, Positive, Real, Spec
 
 
@@ -291,14 +291,14 @@ class Collector(Traversal):
         return {"fast": self.exits.begin(x), "read": empty(len(self.exits.places)), "goals": empty(len(self.goals))}
 
     def watch(
-        self, state: dict[str, Any], table: Any, streams: Streams, runs: Runs | None, context: Context
+        self, state: dict[str, Any], table: Any, passage: Passage, runs: Runs | None, context: Context
     ) -> dict[str, Any]:
-        fast = self.exits.advance(state["fast"], table["stream"], streams.before)
-        read = self.exits.read(fast, streams.after)
+        fast = self.exits.advance(state["fast"], table["stream"], passage.before)
+        read = self.exits.read(fast, passage.after)
         return {
             "fast": fast,
             "read": _kept(state["read"], table["number"], read),
-            "goals": _kept(state["goals"], table["goal"], streams.after),
+            "goals": _kept(state["goals"], table["goal"], passage.after),
         }
 
     def streams(self, state: dict[str, Any], last: jax.Array) -> ExitStreams:

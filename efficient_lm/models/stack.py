@@ -8,7 +8,7 @@ grow with depth. Layers that differ from their neighbours fall into segments of 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ from efficient_lm.models.elastic import NumberingSpec
 from efficient_lm.models.layers.linear import GROUPED
 from efficient_lm.models.parameters import Blueprint, Initialization, Parameters, map_declarations
 from efficient_lm.models.sharing import Sharing
-from efficient_lm.models.traversal import State, Streams, Traversal
+from efficient_lm.models.traversal import Passage, State, Traversal
 
 Remat = Literal["none", "full", "dots", "names"]
 Caches = dict[str, dict[str, Any]]
@@ -83,6 +83,36 @@ def checkpoint_policy(remat: Remat, names: Sequence[str]) -> Callable[[Callable]
         return lambda function: function
     # Inside a scan nothing can be merged with the forward pass, so the barrier against that is only cost.
     return lambda function: jax.checkpoint(function, policy=policies[remat], prevent_cse=False)
+
+
+class Carry(NamedTuple):
+    """What one repeat of a segment's period leaves to the next.
+
+    Attributes:
+        x: the residual stream, or streams.
+        state: of the traversal.
+        held: keys and values that the next repeat, or later segments, may take, by name.
+    """
+
+    x: jax.Array
+    state: State
+    held: dict[str, Any]
+
+
+class Step(NamedTuple):
+    """What one repeat of a segment's period is given of its own; what there is none of is None.
+
+    Attributes:
+        params, caches: by name of the place in the period.
+        numbers: what each place is told of its layer's place in the model, int32 ``[period]``.
+        tables, inputs: of the traversal and of the context's layer inputs, ``[period, ...]``.
+    """
+
+    params: Parameters
+    caches: dict[str, Any] | None
+    numbers: jax.Array
+    tables: Any
+    inputs: jax.Array | None
 
 
 class Stack:
@@ -168,17 +198,20 @@ class Stack:
         for number, (part, period) in enumerate(zip(self.segments, self.periods, strict=True)):
             name = f"segment_{number}"
             mine = self.numbers[part.start : part.start + part.layers]
-            order = jnp.asarray(mine, jnp.int32).reshape(part.repeats, len(period))
-            tables = None if traversal is None else _cut(traversal.tables, part)
-            inputs = None if context.layer_inputs is None else _cut(context.layer_inputs, part)
-            steps = (params[name], None if caches is None else caches[name], order, tables, inputs)
+            steps = Step(
+                params[name],
+                None if caches is None else caches[name],
+                jnp.asarray(mine, jnp.int32).reshape(part.repeats, len(period)),
+                None if traversal is None else _cut(traversal.tables, part),
+                None if context.layer_inputs is None else _cut(context.layer_inputs, part),
+            )
             body = self._period(part, period, context, traversal, shared)
             if part.repeats > 1 and self.scan:
-                carry = (x, state, self._held(part, body, (x, state, {}), steps, shared))
-                (x, state, held), (new_caches[name], more, observed[name]) = lax.scan(body, carry, steps)
+                begin = Carry(x, state, self._held(part, body, Carry(x, state, {}), steps, shared))
+                (x, state, held), found = lax.scan(body, begin, steps)
             else:
-                carry, (new_caches[name], more, observed[name]) = _unrolled(body, (x, state, {}), steps, part.repeats)
-                x, state, held = carry
+                (x, state, held), found = _unrolled(body, Carry(x, state, {}), steps, part.repeats)
+            new_caches[name], more, observed[name] = found
             shared = shared | held
             losses = added(losses, jax.tree.map(lambda values: values.sum(0), more))
         return x, None if caches is None else new_caches, Auxiliary(losses, observed), state
@@ -188,13 +221,11 @@ class Stack:
         given = set(self.sharing.hands_on[part.start : part.start + part.layers]) - {None}
         return given & self.sharing.wanted_after(part.start + len(part.period))
 
-    def _held(
-        self, part: Segment, body: Callable, carry: Any, steps: Any, shared: dict[str, Any]
-    ) -> dict[str, jax.Array]:
+    def _held(self, part: Segment, body: Callable, carry: Carry, steps: Step, shared: dict[str, Any]) -> dict[str, Any]:
         """What a scan of a segment begins with of what it hands on: zeros where no layer has handed it on yet."""
         if not self._handed(part):
             return {}
-        shapes = jax.eval_shape(body, carry, jax.tree.map(lambda leaf: leaf[0], steps))[0][2]
+        shapes = jax.eval_shape(body, carry, jax.tree.map(lambda leaf: leaf[0], steps))[0].held
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
         return zeros | {name: shared[name] for name in zeros if name in shared}
 
@@ -206,35 +237,31 @@ class Stack:
         traversal: Traversal | None,
         shared: dict[str, Any],
     ) -> Callable:
-        handed, hands_on = self._handed(part), self.sharing.hands_on
+        """One repeat of a period, as `lax.scan` takes it; `shared` is what earlier segments have handed on."""
+        handed = self._handed(part)
 
-        def run(
-            carry: tuple[jax.Array, State, dict[str, Any]], step: tuple[Parameters, Caches | None, jax.Array, Any, Any]
-        ) -> tuple[tuple[jax.Array, State, dict[str, Any]], tuple[Any, dict[str, jax.Array], dict[str, Any]]]:
-            x, state, held = carry
-            params, caches, order, tables, inputs = step
-            found = shared | held
+        def run(carry: Carry, step: Step) -> tuple[Carry, tuple[Any, dict[str, jax.Array], dict[str, Any]]]:
+            x, state, found = carry.x, carry.state, shared | carry.held
             new_caches: dict[str, Any] = {}
             losses: dict[str, jax.Array] = {}
             observed: dict[str, Any] = {}
             for place, blueprint in enumerate(period):
-                name = f"layer_{place}"
-                values = params[name]
-                own = None if inputs is None else inputs[place]
-                here = self.told(context, part.start + place, order[place], own, found)
-                cache = None if caches is None else caches[name]
+                name, layer = f"layer_{place}", part.start + place
+                inputs = None if step.inputs is None else step.inputs[place]
+                here = self.told(context, layer, step.numbers[place], inputs, found)
+                cache = None if step.caches is None else step.caches[name]
                 if traversal is None:
-                    x, new_caches[name], more = self._block(blueprint, values, x, here, cache)
+                    x, new_caches[name], more = self._block(blueprint, step.params[name], x, here, cache)
                 else:
-                    table = jax.tree.map(lambda leaf, place=place: leaf[place], tables)
+                    table = jax.tree.map(lambda leaf, place=place: leaf[place], step.tables)
                     x, state, new_caches[name], more = self._accompanied(
-                        traversal, state, table, blueprint, values, x, here, cache
+                        traversal, state, table, blueprint, step.params[name], x, here, cache
                     )
                 losses, observed[name] = added(losses, more.losses), more.observed
                 if here.hands_on:
-                    found[hands_on[part.start + place]] = more.shared
+                    found[self.sharing.hands_on[layer]] = more.shared
             held = {name: found[name] for name in handed}
-            return (x, state, held), (None if caches is None else new_caches, losses, observed)
+            return Carry(x, state, held), (None if step.caches is None else new_caches, losses, observed)
 
         return run
 
@@ -274,10 +301,10 @@ class Stack:
         runs = traversal.choose(state, table, context)
         if runs is None:
             after, cache, auxiliary = self._block(blueprint, params, x, context, cache)
-            streams = Streams(x, None, after)
+            passage = Passage(x, None, after)
         else:
-            streams, cache, auxiliary = blueprint(params).gated(x, context, cache, runs, traversal.keeps_caches)
-        return streams.after, traversal.watch(state, table, streams, runs, context), cache, auxiliary
+            passage, cache, auxiliary = blueprint(params).gated(x, context, cache, runs, traversal.keeps_caches)
+        return passage.after, traversal.watch(state, table, passage, runs, context), cache, auxiliary
 
     @property
     def passes_by(self) -> bool:

@@ -1,4 +1,4 @@
-"""What goes along with the tokens through the layers: it sees every layer's streams, and may say which halves run.
+"""What goes along with the tokens through the layers: it sees what each layer does, and may say which halves run.
 
 Training with early exits collects streams this way; inference decides this way what each token runs.
 """
@@ -20,8 +20,8 @@ class Runs(NamedTuple):
     ffn: jax.Array
 
 
-class Streams(NamedTuple):
-    """The residual stream of a layer, ``[batch, time, width]`` each.
+class Passage(NamedTuple):
+    """The residual stream on its way past a layer, ``[batch, time, width]`` each.
 
     Attributes:
         before, after: in front of the block and behind it.
@@ -53,7 +53,7 @@ class Traversal:
         """Which tokens run this layer's halves; None, in every layer alike: all of them."""
         return None
 
-    def watch(self, state: State, table: Any, streams: Streams, runs: Runs | None, context: Context) -> State:
+    def watch(self, state: State, table: Any, passage: Passage, runs: Runs | None, context: Context) -> State:
         """The state behind a layer."""
         return state
 

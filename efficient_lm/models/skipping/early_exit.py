@@ -16,7 +16,7 @@ from efficient_lm.models.context import Context
 from efficient_lm.models.exits import Exits, ExitSpec, place_faults
 from efficient_lm.models.parameters import Initialization, Parameters
 from efficient_lm.models.skipping.base import SkippingSpec, live, missing
-from efficient_lm.models.traversal import Runs, State, Streams, Traversal
+from efficient_lm.models.traversal import Passage, Runs, State, Traversal
 from efficient_lm.spec import Count, Listing
 
 if TYPE_CHECKING:
@@ -96,12 +96,12 @@ class EarlyExit(Traversal):
         return Runs(going, going)
 
     def watch(
-        self, state: dict[str, Any], table: Any, streams: Streams, runs: Runs | None, context: Context
+        self, state: dict[str, Any], table: Any, passage: Passage, runs: Runs | None, context: Context
     ) -> dict[str, Any]:
         number, going = table["number"], runs.mixer
 
         def look(state: dict[str, Any]) -> dict[str, Any]:
-            stream = self.exits.read(state["fast"], streams.after)
+            stream = self.exits.read(state["fast"], passage.after)
             hidden = self.exits.normed(self.params, number, stream, self.shared)
             leaves, seen = self.leaves(state["seen"], hidden, number)
             leaves &= going
@@ -109,7 +109,7 @@ class EarlyExit(Traversal):
             return state | {"left": state["left"] | leaves, "hidden": kept, "seen": seen}
 
         def go_on(state: dict[str, Any]) -> dict[str, Any]:
-            state = state | {"fast": self.exits.advance(state["fast"], table["stream"], streams.before)}
+            state = state | {"fast": self.exits.advance(state["fast"], table["stream"], passage.before)}
             return lax.cond(number < len(self.exits.places), look, lambda state: state, state)
 
         return lax.cond(jnp.any(going), go_on, lambda state: state, state)

@@ -11,7 +11,7 @@ from pydantic import Field
 from efficient_lm.models.context import Context
 from efficient_lm.models.parameters import Parameters
 from efficient_lm.models.skipping.base import SkippingSpec, cosine, count_fault, live
-from efficient_lm.models.traversal import Runs, Streams, Traversal
+from efficient_lm.models.traversal import Passage, Runs, Traversal
 from efficient_lm.spec import Count, Natural, Real
 
 if TYPE_CHECKING:
@@ -66,8 +66,8 @@ class _FFNSkipping(Traversal):
         return Runs(live(context), live(context) & ~(table & (state > 0) & ~warm))
 
     def watch(
-        self, state: jax.Array, table: jax.Array, streams: Streams, runs: Runs | None, context: Context
+        self, state: jax.Array, table: jax.Array, passage: Passage, runs: Runs | None, context: Context
     ) -> jax.Array:
-        alike = cosine(streams.between, streams.after) > self.spec.threshold
+        alike = cosine(passage.between, passage.after) > self.spec.threshold
         after = jnp.where(runs.ffn, jnp.where(alike, self.skip, 0), state - 1)
         return jnp.where(table, after, state)

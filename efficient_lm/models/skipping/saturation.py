@@ -11,7 +11,7 @@ from pydantic import Field
 from efficient_lm.models.context import Context
 from efficient_lm.models.parameters import Parameters
 from efficient_lm.models.skipping.base import SkippingSpec, cosine, count_fault, live
-from efficient_lm.models.traversal import Runs, Streams, Traversal
+from efficient_lm.models.traversal import Passage, Runs, Traversal
 from efficient_lm.spec import Natural, Real
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class _Saturation(Traversal):
         return Runs(going, going)
 
     def watch(
-        self, state: jax.Array, table: jax.Array, streams: Streams, runs: Runs | None, context: Context
+        self, state: jax.Array, table: jax.Array, passage: Passage, runs: Runs | None, context: Context
     ) -> jax.Array:
-        alike = cosine(streams.before, streams.after) > self.spec.threshold
+        alike = cosine(passage.before, passage.after) > self.spec.threshold
         return state | (table & runs.mixer & alike)
