@@ -38,7 +38,7 @@ from efficient_lm.models.skipping.base import SkippingSpec
 from efficient_lm.objectives.base import ObjectiveSpec
 from efficient_lm.training.checkpoints import Checkpoints, load_parameters
 from efficient_lm.training.run_directory import RunDirectory, locate
-from efficient_lm.validation import validate
+from efficient_lm.validation import of_kind, validate
 
 if TYPE_CHECKING:
     from efficient_lm.models.language_model import LanguageModel
@@ -90,8 +90,7 @@ class Model:
         Raises:
             ConfigError: no such policy, or one that cannot work with the model.
         """
-        if isinstance(kind, str):
-            kind = validate(Skipping, {"skipping": {"kind": kind, **options}}).skipping
+        kind = of_kind(Skipping, "skipping", kind, options)
         if kind is not None:
             kind.check(self.model)
         return Model(self.config, self.params, self.tokenizer, self.step, self.origin, kind)

@@ -27,7 +27,7 @@ from efficient_lm.upcycling.extraction import Importance, check_count, extracted
 from efficient_lm.upcycling.merging import Rows, Source, merged
 from efficient_lm.upcycling.mixture_of_depths import DepthsSpec, with_mixture_of_depths
 from efficient_lm.upcycling.statistics import Domains, clustered, labelled
-from efficient_lm.validation import validate
+from efficient_lm.validation import of_kind
 
 ROWS = 64
 """Rows of text that are looked at, of each domain, where nobody says how many."""
@@ -63,8 +63,7 @@ def upcycle(
         ConfigError: no dense channel mixer, values that do not fit it, as many texts as there are no experts.
         DataError: a file that cannot be read.
     """
-    if isinstance(method, str):
-        method = validate(_Method, {"method": {"kind": method, **options}}).method
+    method = of_kind(_Method, "method", method, options)
     if isinstance(method, DepthsSpec):
         method.check(model.model)  # Before any text is read.
         batch, dense = rows_of(model, text, sequence_length, rows), (model.model, model.params)

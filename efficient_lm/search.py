@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
+from rich.status import Status
 
 from efficient_lm.api import Model
 from efficient_lm.data.packing import Batch
@@ -24,7 +25,7 @@ from efficient_lm.interop.hugging_face import SEARCH
 from efficient_lm.models.elastic import MATFORMER, ElasticSpec
 from efficient_lm.models.language_model import LanguageModel
 from efficient_lm.spec import OneOf, Spec
-from efficient_lm.validation import validate
+from efficient_lm.validation import of_kind, validate
 
 
 class _Search(Spec):
@@ -134,8 +135,7 @@ def search(
         ConfigError: the model has no parts to choose from, or no submodel meets the budget.
         CheckpointError: the folder has results of another search.
     """
-    if isinstance(method, str):
-        method = validate(_Search, {"search": {"kind": method, **options}}).search
+    method = of_kind(_Search, "search", method, options)
     budget = None if budget is None else _budget(budget)
     limits = {} if budget is None else budget.limits
     cost = method.cost or next(iter(limits), "params")
@@ -146,15 +146,13 @@ def search(
     whole = _in_order(model, definition, order, lambda: batch)
     folder = Path(output) / SEARCH
     folder.mkdir(parents=True, exist_ok=True)
-    with Console(stderr=True).status("") as status:
-
-        def begun(number: int) -> None:
-            status.update(f"scoring submodel {number}")
-
-        with Scorer(space, whole.params, batch, method.fitness, folder, model.dtype, begun) as scorer:
-            for level in range(len(space.nested)):
-                scorer((level,) * space.layers)
-            method.run(space, scorer, limits, cost)
+    with (
+        Console(stderr=True).status("") as status,
+        Scorer(space, whole.params, batch, method.fitness, folder, model.dtype, _counting(status)) as scorer,
+    ):
+        for level in range(len(space.nested)):
+            scorer((level,) * space.layers)
+        method.run(space, scorer, limits, cost)
     found = frontier(space, scorer.results, cost)
     fitting = [row for row in found if fits(row.costs, limits) and np.isfinite(row.score)]
     if not fitting:
@@ -162,6 +160,11 @@ def search(
     chosen = min(fitting, key=lambda row: row.score) if budget else None
     write_report(folder, found, method.fitness, cost, chosen, limits)
     return Searched(found, method.fitness, cost, chosen, folder, whole)
+
+
+def _counting(status: Status) -> Callable[[int], None]:
+    """Says how many submodels were computed."""
+    return lambda number: status.update(f"scoring submodel {number}")
 
 
 def _whole(model: Model, elastic: ElasticSpec | Mapping[str, Any] | None, order: Order | None) -> LanguageModel:

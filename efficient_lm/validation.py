@@ -54,6 +54,22 @@ def validate[S: Spec](spec: type[S], values: Mapping[str, Any], prefix: str = ""
         raise ConfigError(_explain(spec, values, error, prefix)) from error
 
 
+def of_kind(spec: type[Spec], key: str, part: Any, options: Mapping[str, Any]) -> Any:
+    """A part that is said by its kind, with its attributes as `options`; or given whole.
+
+    Args:
+        spec: has such a part as its field `key`.
+
+    Raises:
+        ConfigError: what `validate` raises, or attributes beside a whole part.
+    """
+    if isinstance(part, str):
+        return getattr(validate(spec, {key: {"kind": part, **options}}), key)
+    for name in options:
+        raise ConfigError(f"{key}.{name}: goes with the name of a kind; set it in what is given, or leave it out")
+    return part
+
+
 def _explain(spec: type[Spec], values: Any, error: ValidationError, prefix: str) -> str:
     faults: dict[Path, list[dict[str, Any]]] = {}
     for fault in error.errors(include_url=False):

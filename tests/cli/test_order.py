@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import efficient_lm as elm
+from efficient_lm.elastic.search.mix_n_match import MixNMatchSpec
 from efficient_lm.errors import ConfigError
 from efficient_lm.models.parameters import count_parameters
 from efficient_lm.search import search, within
@@ -63,6 +64,8 @@ def test_a_nested_model_is_chosen_from_along_other_axes_too(nested, tmp_path):
     np.testing.assert_allclose(found.model.logits(TOKENS), model.logits(TOKENS), atol=1e-4)
     with pytest.raises(ConfigError, match="elastic.ffn: the model is trained for 0.125, 0.25, 0.5, 1 of it"):
         search(model, "mix_n_match", tmp_path, elastic={"ffn": [0.5, 1]})
+    with pytest.raises(ConfigError, match="search.fitness: goes with the name of a kind"):
+        search(model, MixNMatchSpec(), tmp_path, fitness="kl")
     with pytest.raises(ConfigError, match="order: the model is trained so that the first of ffn are the ones to keep"):
         within(model, {"params": 1e6}, order="weight")
 
