@@ -33,7 +33,7 @@ from efficient_lm.interop.hugging_face import Origin, check_free, write_folder
 from efficient_lm.interop.sources import Published, is_published, open_published
 from efficient_lm.models.computed import computed
 from efficient_lm.models.context import Context
-from efficient_lm.models.parameters import Parameters
+from efficient_lm.models.parameters import Parameters, count_parameters
 from efficient_lm.models.skipping.base import SkippingSpec
 from efficient_lm.objectives.base import ObjectiveSpec
 from efficient_lm.training.checkpoints import Checkpoints, load_parameters
@@ -123,10 +123,10 @@ class Model:
         key = repr((draft, draft_tokens, draft_confidence))
         if key not in self._drafted:
             sizes = [draft] if isinstance(draft, Mapping | float | int) else list(draft)
-            plain = [size for size in sizes if not isinstance(size, Mapping)]
-            if plain != sorted(set(plain)):
-                raise ConfigError(f"draft: sizes ascend, and the whole model comes last of all; got {plain}")
             drafts = [self._draft(size) for size in sizes]
+            counts = [count_parameters(small.declarations) for small, _ in drafts]
+            if not counts or counts != sorted(set(counts)):
+                raise ConfigError(f"draft: sizes ascend, and the whole model comes last of all; got {sizes}")
             found = Model(self.config, self.params, self.tokenizer, self.step, self.origin)
             # In place of the one that would be made when it is first asked for.
             found.decoder = SpeculativeDecoder(
@@ -136,10 +136,9 @@ class Model:
         return self._drafted[key]
 
     def _draft(self, size: float | Mapping[str, Part]) -> Draft:
-        parts = parts_of(self.model, size, "draft")
-        if choose(self.model, parts) == choose(self.model, dict.fromkeys(parts, 1.0)):
+        small = self.submodel(parts_of(self.model, size, "draft"))
+        if count_parameters(small.model.declarations) == count_parameters(self.model.declarations):
             raise ConfigError("draft: this is the whole model, which verifies; a draft is a smaller part")
-        small = self.submodel(parts)
         return small.model, small.params
 
     @cached_property

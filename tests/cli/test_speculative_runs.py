@@ -30,6 +30,9 @@ def test_from_python(plain):
     assert drafting.submodel({"ffn": 0.5}).decoder.report is None
     with pytest.raises(ConfigError, match="draft_tokens: at least 1; got 0"):
         model.speculate({"ffn": 0.5}, 0)
+    for sizes in ([], [{"ffn": 0.5}, {"ffn": 0.25}]):
+        with pytest.raises(ConfigError, match="draft: sizes ascend, and the whole model comes last of all"):
+            model.speculate(sizes)
 
 
 @pytest.mark.parametrize(
@@ -39,6 +42,7 @@ def test_from_python(plain):
         ("nested", ["draft=0.3"], "draft: the model is trained for 0.125, 0.25, 0.5, 1, and not for 0.3"),
         ("nested", ["draft=1"], "draft: this is the whole model, which verifies; a draft is a smaller part"),
         ("nested", ["draft=[0.25,1]"], "draft: this is the whole model"),
+        ("nested", ["draft.ffn.layer=1"], "draft: this is the whole model"),
         ("nested", ["draft=[0.5,0.25]"], "draft: sizes ascend, and the whole model comes last of all"),
         ("nested", ["draft.state=0.5"], "state: no layer of the model is elastic along it"),
         ("nested", ["draft=0.25", "draft_tokens=0"], "draft_tokens"),
