@@ -87,6 +87,8 @@ def _by_layer(model: LanguageModel, axis: str, part: Part, having: Sequence[int]
     if isinstance(part, Mapping):
         names = model.spec.layer_names()
         blocks = list(dict.fromkeys(names[number] for number in having))
+        if not part:
+            raise ConfigError(f"{axis}: it names no block; valid: {', '.join(blocks)}")
         for name in part:
             if name not in blocks:
                 raise ConfigError(f"{axis}.{name}: no block with this axis has the name; {nearest(name, blocks)}")

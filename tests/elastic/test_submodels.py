@@ -198,6 +198,7 @@ def test_experts(drawn):
         ({"ffn": 0.3}, "ffn of layer 0: 0.3 of 32 is no whole number; nearest: 0.28125 or 0.3125"),
         ({"heads": 0.25}, "heads of layer 0: 0.25 of 2 is no whole number; nearest: 0.5"),
         ({"ffn": [0.5, 1]}, "ffn: 2 values, but 4 layers have the axis"),
+        ({"ffn": {}}, "ffn: it names no block; valid: layer"),
         ({"ffn": {"laier": 0.5}}, "ffn.laier: no block with this axis has the name; did you mean 'layer'"),
         ({"layers": [0, 4]}, "layers: there is no layer 4; they are 0 to 3"),
         ({"layers": [1, 1]}, "layers: name each layer to keep once"),
