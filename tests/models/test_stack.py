@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from efficient_lm.config import load_run_config
 from efficient_lm.models.context import Context
 from efficient_lm.models.language_model import ModelSpec
 from efficient_lm.models.layered import layer_parameters
@@ -30,3 +31,13 @@ def test_more_than_ten_layers_that_differ_run_in_order(drawn, repeats, segments,
         x, _, _ = blueprint(own)(x, context)
     found = jax.jit(lambda params, x: model.stack(params["stack"], x, context)[0])(params, start)
     np.testing.assert_allclose(found, x, atol=1e-5 * float(jnp.abs(x).max()))
+
+
+@pytest.mark.parametrize(("name", "segments", "period"), [("jamba_3b", 1, 14), ("mamba2_hybrid", 11, 12)])
+def test_published_layouts_of_so_many(name, segments, period):
+    model = load_run_config([f"model={name}", "model.vocab_size=300"]).model.build()
+    assert len(model.stack.segments) == segments
+    assert max(len(part.period) for part in model.stack.segments) == period
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)
+    assert jax.eval_shape(lambda params, tokens: model.logits(params, tokens), params, tokens).shape == (1, 8, 300)
