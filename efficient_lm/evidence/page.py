@@ -53,8 +53,7 @@ def verdicts(evidence: EvidenceSpec, rows: Sequence[Row]) -> Iterator[str]:
         for row in (row for row in rows if row["arm"] == expected.arm):
             point = {key: row[key] for key in evidence.grid}
             found = _compared(expected, row, [other for other in rows if all(other[k] == point[k] for k in point)])
-            if found:
-                yield _verdict(expected, point, found)
+            yield _verdict(expected, point, found)
 
 
 def _verdict(expected: Expectation, point: Mapping[str, Any], found: Sequence[float]) -> str:
@@ -65,13 +64,15 @@ def _verdict(expected: Expectation, point: Mapping[str, Any], found: Sequence[fl
         return all(value >= bound if name == "at_least" else value <= bound for name, bound in bounds.items())
 
     wanted = " and ".join(f"{name.replace('_', ' ')} {bound:g}" for name, bound in bounds.items())
-    verdict = "as expected" if holds(statistics.fmean(found)) else "not reproduced at this scale"
-    seeds = f" (in {sum(map(holds, found))} of {len(found)} seeds)" if len(found) > 1 else ""
     words = {"over": expected.over, "minus": expected.minus}
     beside = "".join(f" {word} that of {arm}" for word, arm in words.items() if arm is not None)
     where = "".join(f", {key}={value}" for key, value in point.items())
-    figure = f"{expected.arm}{where}, {expected.figure}{beside}"
-    return f"- {figure}: {wanted} expected, {_spread(found)} measured: {verdict}{seeds}."
+    said = f"- {expected.arm}{where}, {expected.figure}{beside}: {wanted} expected"
+    if not found:
+        return f"{said}, and not measured."
+    verdict = "as expected" if holds(statistics.fmean(found)) else "not reproduced at this scale"
+    seeds = f" (in {sum(map(holds, found))} of {len(found)} seeds)" if len(found) > 1 else ""
+    return f"{said}, {_spread(found)} measured: {verdict}{seeds}."
 
 
 def _compared(expected: Expectation, row: Row, rows: Sequence[Row]) -> list[float]:

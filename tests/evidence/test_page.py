@@ -25,10 +25,11 @@ def test_the_mean_decides():
         {"arm": "one", "figure": "length 9", "at_least": 0.1},
     ]
     found = row("one", (0, {"accuracy": 0.8, "length 8": 0.4}), (1, {"accuracy": 1.0, "length 8": 0.5}), w=3)
-    first, second = verdicts(evidence(*expect, grid={"w": [3]}), [found])
+    first, second, third = verdicts(evidence(*expect, grid={"w": [3]}), [found])
     assert first == (
         "- one, w=3, accuracy: at least 0.9 expected, 0.900 (0.800 to 1.000) measured: as expected (in 1 of 2 seeds)."
     )
+    assert third == "- one, w=3, length 9: at least 0.1 expected, and not measured."
     assert second.endswith("measured: not reproduced at this scale (in 1 of 2 seeds).")
 
 
@@ -38,7 +39,8 @@ def test_arms_are_compared_seed_by_seed():
     ratio, difference = verdicts(evidence({**over, "at_most": 1.3}, {**minus, "at_least": 0}), rows)
     assert ratio.startswith("- one, a over that of other: at most 1.3 expected, 1.250 (0.500 to 2.000) measured: as")
     assert difference.startswith("- one, a minus that of other: at least 0 expected, 1.000 (-1.000 to 3.000) measured")
-    assert not [*verdicts(evidence({**over, "at_most": 1.3}), rows[:1])]
+    (alone,) = verdicts(evidence({**over, "at_most": 1.3}), rows[:1])
+    assert alone == "- one, a over that of other: at most 1.3 expected, and not measured."
     with pytest.raises(ConfigError, match="over, minus: one of the two"):
         evidence({**over, "minus": "other"})
 
