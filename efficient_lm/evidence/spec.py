@@ -118,7 +118,8 @@ def read_evidence(name: str, arguments: Sequence[str] = ()) -> EvidenceSpec:
         if key not in EvidenceSpec.keys():
             values["overrides"] = [*values.get("overrides", ()), text]
         elif inner:
-            values[key] = {**values.get(key, {}), ".".join(inner): override.value()}
+            before = values.get(key)
+            values[key] = {**(before if isinstance(before, dict) else {}), ".".join(inner): override.value()}
         else:
             values[key] = override.value()
     if arguments and values.get("output") is None:

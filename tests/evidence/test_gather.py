@@ -77,6 +77,8 @@ def test_faults():
         read_evidence("parety")
     with pytest.raises(ConfigError, match="no arm is named 'negativ'; did you mean 'negative'"):
         read_evidence("parity", ["only=[negativ]"])
+    with pytest.raises(ConfigError, match="seeds: expected a list; got a mapping"):
+        read_evidence("parity", ["seeds.first=1"])
     with pytest.raises(ConfigError, match="train.stepz: unknown key; did you mean 'steps'"):
         gather("parity", ["train.stepz=3"])
     with pytest.raises(ConfigError, match="only: the other arms are measured beside 'nested'; name it too"):
