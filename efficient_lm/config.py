@@ -267,9 +267,12 @@ class GenerateConfig(Skipping):
     draft_confidence: Fraction = 0.5
 
     @model_validator(mode="after")
-    def _one_source(self) -> "GenerateConfig":
+    def _fits(self) -> "GenerateConfig":
         if self.prompt_file is not None and self.prompt:
             raise ConfigError("prompt_file: prompt is given too; leave one of them out")
+        for name in ("draft_tokens", "draft_confidence"):
+            if self.draft is None and getattr(self, name) != type(self).model_fields[name].default:
+                raise ConfigError(f"{name}: nothing is drafted; add draft=0.25, or leave it out")
         return self
 
 

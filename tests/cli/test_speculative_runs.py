@@ -45,7 +45,8 @@ def test_from_python(plain):
         ("nested", ["draft.ffn.layer=1"], "draft: this is the whole model"),
         ("nested", ["draft=[0.5,0.25]"], "draft: sizes ascend, and the whole model comes last of all"),
         ("nested", ["draft.state=0.5"], "state: no layer of the model is elastic along it"),
-        ("nested", ["draft=0.25", "draft_tokens=0"], "draft_tokens"),
+        ("nested", ["draft=0.25", "draft_tokens=0"], "draft_tokens: expected at least 1; got 0"),
+        ("nested", ["draft_tokens=3"], "draft_tokens: nothing is drafted; add draft=0.25, or leave it out"),
         ("nested", ["draft=0.25", "skipping=uniform", "skipping.layers=1"], "draft: with skipping=uniform there is no"),
     ],
 )  # fmt: skip
