@@ -41,7 +41,7 @@ def run(overrides: Sequence[str], options: Options) -> int:
     stopped_by = summary.get("stopped_by")
     if stopped_by is None:
         if "sizes" in summary:
-            print(_sizes(summary))
+            print(sizes(summary))
         if config.data.reads_text:
             print(_sample(summary["run"]))
         print(_next_commands(summary["run"], config.data.reads_text))
@@ -61,15 +61,15 @@ def _outcome(summary: dict[str, Any]) -> str:
     )
 
 
-def _sizes(summary: dict[str, Any]) -> str:
+def sizes(summary: dict[str, Any]) -> str:
     """The models inside, and how to take one out."""
     from efficient_lm.elastic.sizes import table
 
-    smallest, run = summary["sizes"][0], summary["run"]
-    cut = " ".join(f"{axis}={part:g}" for axis, part in smallest["parts"].items())
+    rows, run = summary["sizes"], summary["run"]
+    cut = " ".join(f"{axis}={part:g}" for axis, part in rows[0]["parts"].items())
     extract = f"efficient-lm extract checkpoint={run} output={run}-small {cut}"
-    lines = ["", table(summary["sizes"]), f"plots/sizes.png; {extract}"]
-    return "\n".join(lines)
+    drawn = all(row["bits_per_byte"] is not None for row in rows)
+    return "\n".join(["", table(rows), f"plots/sizes.png; {extract}" if drawn else extract])
 
 
 def _sample(run: str) -> str:

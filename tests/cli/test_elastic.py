@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import efficient_lm as elm
+from efficient_lm.cli.train import sizes as sizes_said
 from efficient_lm.experts import upcycle
 
 TOKENS = np.arange(24).reshape(1, 24) % 200
@@ -19,6 +20,12 @@ def test_every_size_is_validated(nested):
     assert smallest["bits_per_byte"] == summary["val_bits_per_byte_0.125"] and smallest["parts"] == {"ffn": 0.125}
     assert whole["parameters"] == summary["parameters"] > smallest["parameters"]
     assert (nested / "plots" / "sizes.png").stat().st_size > 10_000
+    assert "plots/sizes.png; efficient-lm extract" in sizes_said(summary)
+    # Answers to a task have no bits per byte, and so no picture.
+    rows = [row | {"bits_per_byte": None} for row in summary["sizes"]]
+    said = sizes_said(summary | {"sizes": rows})
+    assert "sizes.png" not in said
+    assert said.endswith(f"\nefficient-lm extract checkpoint={nested} output={nested}-small ffn=0.125")
     whole, half = (elm.load(nested, submodel=part).evaluate(limit=2)["tokens"] for part in (1.0, 0.5))
     assert whole == half
 
