@@ -125,7 +125,8 @@ def measured(config: RunConfig, measure: MeasureSpec, other: Path | None = None)
     from efficient_lm.training.loop import train
 
     run = Path(config.run.dir)
-    kept, asked = run / KEPT, {"config": config.dump(), "measure": measure.dump()}
+    beside = None if other is None else json.loads((other / KEPT).read_text())["asked"]
+    kept, asked = run / KEPT, {"config": config.dump(), "measure": measure.dump(), "beside": beside}
     if kept.is_file():
         found = json.loads(kept.read_text())
         if found["asked"] != asked:

@@ -37,6 +37,7 @@ class SizesSpec(MeasureSpec):
 
     Attributes:
         nested: the arm that is trained to have models inside.
+        limit: windows of the validation text that bits per byte are of; None takes all.
         rows: of validation data, on which mixes and drafts are scored.
         random: how many mixes of any widths.
     """
@@ -44,6 +45,7 @@ class SizesSpec(MeasureSpec):
     about = "bits per byte of the validation text, by size, and shares"
     kind: Literal["sizes"] = "sizes"
     nested: str
+    limit: Count | None = None
     rows: Count = 64
     random: Natural = 20
 
@@ -71,7 +73,7 @@ class SizesSpec(MeasureSpec):
                 counts = ", ".join(f"{count:,}" for count in inside)
                 raise ConfigError(f"{run}: has {parameters:,} parameters, and the models inside {self.nested} {counts}")
             name = inside[parameters].name
-            figures[name] = part.evaluate()["bits_per_byte"]
+            figures[name] = part.evaluate(limit=self.limit)["bits_per_byte"]
             sizes.append({"size": name, "parameters": parameters, "bits_per_byte": figures[name]})
         if other is None or model.config.model.elastic is None:
             figures |= {f"draft {size['size']}": _acceptance(whole, part, batch)
