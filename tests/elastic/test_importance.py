@@ -150,7 +150,7 @@ def test_activation_is_what_the_output_map_reads():
     np.testing.assert_allclose(scores(again, "heads"), scores(worth, "heads"), rtol=1e-5)
 
 
-@pytest.mark.parametrize("selection", ["top_k", "causal"])
+@pytest.mark.parametrize("selection", ["top_k", pytest.param("causal", marks=pytest.mark.slow)])
 def test_activation_is_of_the_tokens_that_run_a_layer(selection):
     """With mixture of depths; what the others hold, and padding, are of no concern."""
     depth = {"kind": "mixture_of_depths", "capacity": 0.5, "selection": selection, "decide": "router"}

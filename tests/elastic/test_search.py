@@ -69,7 +69,7 @@ def expected_scores(model, params, space, levels, batch, fitness):
     return float((found * batch["weights"]).sum() / batch["weights"].sum())
 
 
-@pytest.mark.parametrize("fitness", ["loss", "kl"])
+@pytest.mark.parametrize("fitness", ["loss", pytest.param("kl", marks=pytest.mark.slow)])
 def test_scores_are_those_of_the_models_that_are_made_in_one_program(tmp_path, fitness, drawn):
     model, batch = model_of(), rows()
     params, space = drawn(model), space_of(model)

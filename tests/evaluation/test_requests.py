@@ -31,7 +31,7 @@ def directly(model, request, padding):
     return float(picked.sum()), bool((logits.argmax(-1) == targets).all())
 
 
-@pytest.mark.parametrize(("tokens", "rows"), [(2048, 2048), (600, 3)])
+@pytest.mark.parametrize(("tokens", "rows"), [pytest.param(2048, 2048, marks=pytest.mark.slow), (600, 3)])
 def test_answers_equal_single_requests(model, requests, tokens, rows):
     requests = requests if rows > 3 else requests[-60:]
     scorer = RequestScorer(model.model, model.params, model.dtype, LONGEST, tokens, rows)

@@ -211,7 +211,10 @@ MIXERS = [
 ]
 
 
-@pytest.mark.parametrize("mixer", MIXERS, ids=lambda mixer: mixer["kind"])
+@pytest.mark.parametrize(
+    "mixer",
+    [pytest.param(mixer, id=mixer["kind"], marks=[pytest.mark.slow] * (mixer["kind"] == "rg_lru")) for mixer in MIXERS],
+)
 def test_a_cache_gives_what_rows_with_decisions_of_their_own_give(mixer, model_of):
     model, params = model_of(mixer, selection="causal")
     tokens = jax.random.randint(jax.random.key(1), (2, TIME), 0, 19)

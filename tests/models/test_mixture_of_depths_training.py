@@ -50,7 +50,9 @@ def trained(model, steps):
     return state["parameters"], seen
 
 
-@pytest.mark.parametrize(("decide", "weight"), [("predictor", "identity"), ("router", "sigmoid")])
+@pytest.mark.parametrize(
+    ("decide", "weight"), [("predictor", "identity"), pytest.param("router", "sigmoid", marks=pytest.mark.slow)]
+)
 def test_decisions_learn_what_top_k_says(decide, weight):
     """After a short training 95 % of decisions are those of top-k, and the loss by them is within 1 %."""
     rule = {"kind": "mixture_of_depths", "capacity": 0.125, "every": 2, "decide": decide, "weight": weight}
