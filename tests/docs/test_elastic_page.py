@@ -55,5 +55,5 @@ def test_every_axis_order_and_way_of_training_and_searching_is_in_a_table(table)
 def test_options_that_are_named_are_there():
     for root, kinds in (("nesting", NestingSpec.kinds.values()), ("search", SearchSpec.kinds.values()),
                         ("budget", [BudgetSpec])):  # fmt: skip
-        named = set(re.findall(rf"(?<![.\w]){root}\.([a-z_]+)", PAGE))
+        named = set(re.findall(rf"(?<![./\w]){root}\.([a-z_]+)", PAGE))
         assert named and named <= set().union(*(kind.model_fields for kind in kinds)), root
