@@ -57,7 +57,7 @@ EIGHT_DEVICES = """
 
 
 def test_divided_experts_compute_the_same(on_devices):
-    on_devices(8, EIGHT_DEVICES)
+    assert on_devices(8, EIGHT_DEVICES) == "equal"
 
 
 @pytest.mark.parametrize(

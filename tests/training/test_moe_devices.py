@@ -37,4 +37,4 @@ EIGHT_DEVICES = """
 
 
 def test_every_device_routes_its_own_tokens(on_devices):
-    on_devices(8, EIGHT_DEVICES)
+    assert on_devices(8, EIGHT_DEVICES) == "equal"

@@ -183,4 +183,4 @@ MANY_DEVICES = """
 
 
 def test_devices_change_nothing(on_devices):
-    on_devices(4, MANY_DEVICES.format(folder=str(Path(__file__).parent)))
+    assert on_devices(4, MANY_DEVICES.format(folder=str(Path(__file__).parent))) == "equal"
