@@ -4,6 +4,8 @@ import functools
 import logging
 from collections.abc import Mapping, Sequence
 
+import jax
+
 _logger = logging.getLogger("kernels_pallas")
 
 
@@ -25,6 +27,12 @@ def choose(op: str, implementation: str, obstacles: Mapping[str, Sequence[str]])
             f"{op}: implementation {implementation!r} cannot honour {', '.join(reasons)}; can: {', '.join(able)}"
         )
     return implementation
+
+
+def unfit(values: Mapping[str, jax.Array | None], *dtypes: str) -> list[str]:
+    """The named arrays whose dtype a kernel does not take, in words."""
+    given = {name: value for name, value in values.items() if value is not None}
+    return [f"{name} of dtype {value.dtype}" for name, value in given.items() if value.dtype.name not in dtypes]
 
 
 @functools.cache

@@ -2,6 +2,7 @@
 
 import jax
 
+from kernels_pallas import kernel, tuning
 from kernels_pallas.arguments import (
     check_chunk_size,
     check_heads,
@@ -13,6 +14,15 @@ from kernels_pallas.arguments import (
 from kernels_pallas.delta_rule import reference, xla
 from kernels_pallas.dispatch import choose
 from kernels_pallas.segments import check_segments, documents
+from kernels_pallas.target import current
+
+_HEADS = ("batch", None, "heads")
+
+
+def _bucket(q, k, v, beta, log_decay):
+    sizes = {"batch": v.shape[0], "time": v.shape[1], "heads": v.shape[2], "key": k.shape[3], "value": v.shape[3]}
+    per_channel = log_decay is not None and log_decay.ndim == 4
+    return tuning.bucket(**sizes, decays=k.shape[3] if per_channel else 1)
 
 
 def delta_rule(
@@ -43,7 +53,8 @@ def delta_rule(
         initial_state: [B, H, K, V], zeros if None.
         chunk_size: tokens that are computed together, in chunked implementations; changes no value. None: one that
             ran fast.
-        implementation: "auto", "xla" (in chunks) or "reference" (token by token).
+        implementation: "auto", "xla" (in chunks), "pallas" (a kernel, on TPUs and Hopper GPUs) or "reference"
+            (token by token).
 
     Returns:
         y [B, T, H, V] in v's dtype, and the state [B, H, K, V] after the last token, float32 (float64 for float64
@@ -62,9 +73,13 @@ def delta_rule(
     check_segments(op, segment_ids, batch, time)
     dtype = state_dtype(q, k, v, beta, log_decay, initial_state)
     state = initial(op, initial_state, (batch, heads, k.shape[-1], v.shape[-1]), dtype)
-    name = choose(op, implementation, {"xla": [], "reference": []})
+    inputs, target = (q, k, v, beta, log_decay), current()
+    name = choose(op, implementation, kernel.ranked(op, target, _bucket(*inputs), inputs, xla=[], reference=[]))
     rows = documents(segment_ids)
-    if name == "xla":
+    if name == "pallas":
+        axes, outputs = [_HEADS] * 5, (_HEADS, ("batch", "heads"))
+        y, state = kernel.recurrent(op, target, _bucket, inputs, axes, state, rows, outputs, chunk_size)
+    elif name == "xla":
         y, state = xla.delta_rule(q, k, v, beta, log_decay, state, rows, chunk_size=chunk_size)
     else:
         y, state = reference.delta_rule(q, k, v, beta, log_decay, state, rows)

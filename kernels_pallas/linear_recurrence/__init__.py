@@ -2,6 +2,7 @@
 
 import jax
 
+from kernels_pallas import kernel, tuning
 from kernels_pallas.arguments import (
     check_chunk_size,
     check_rank,
@@ -13,6 +14,13 @@ from kernels_pallas.arguments import (
 from kernels_pallas.dispatch import choose
 from kernels_pallas.linear_recurrence import reference, xla
 from kernels_pallas.segments import check_segments, documents, silence
+from kernels_pallas.target import current
+
+_CHANNELS = ("batch", None, "heads")
+
+
+def _bucket(log_a, x):
+    return tuning.bucket(batch=x.shape[0], time=x.shape[1], channels=x.shape[2])
 
 
 def linear_recurrence(
@@ -37,7 +45,8 @@ def linear_recurrence(
         initial_state: [B, D], zeros if None.
         chunk_size: tokens between states that are kept for the gradient, in chunked implementations; changes no
             value. None: one that ran fast.
-        implementation: "auto", "xla" (in chunks) or "reference" (token by token).
+        implementation: "auto", "xla" (in chunks), "pallas" (a kernel, on TPUs and Hopper GPUs) or "reference"
+            (token by token).
 
     Returns:
         h [B, T, D] in x's dtype, and the state [B, D] after the last token, float32 (float64 for float64 inputs).
@@ -56,9 +65,13 @@ def linear_recurrence(
     check_segments(op, segment_ids, batch, time)
     dtype = state_dtype(log_a, x, initial_state)
     state = initial(op, initial_state, (batch, channels), dtype)
-    name = choose(op, implementation, {"xla": [], "reference": []})
+    inputs, target = (log_a, x), current()
+    name = choose(op, implementation, kernel.ranked(op, target, _bucket(*inputs), inputs, xla=[], reference=[]))
     rows = documents(segment_ids)
-    if name == "xla":
+    if name == "pallas":
+        axes, outputs = [_CHANNELS] * 2, (_CHANNELS, ("batch", "heads"))
+        h, state = kernel.recurrent(op, target, _bucket, inputs, axes, state, rows, outputs, chunk_size)
+    elif name == "xla":
         h, state = xla.linear_recurrence(log_a, x, state, rows, chunk_size=chunk_size)
     else:
         h, state = reference.linear_recurrence(log_a, x, state, rows)

@@ -2,10 +2,19 @@
 
 import jax
 
+from kernels_pallas import kernel, tuning
 from kernels_pallas.arguments import check_chunk_size, check_rank, check_shape, check_sign, initial, state_dtype
 from kernels_pallas.dispatch import choose
 from kernels_pallas.segments import check_segments, documents
 from kernels_pallas.selective_scan import reference, xla
+from kernels_pallas.target import current
+
+_ROWS = ("batch", None, "heads")
+_AXES = (_ROWS, _ROWS, ("heads",), ("batch",), ("batch",), ("heads",))
+
+
+def _bucket(u, dt, A, B, C, D):
+    return tuning.bucket(batch=u.shape[0], time=u.shape[1], channels=u.shape[2], state=B.shape[2])
 
 
 def selective_scan(
@@ -32,7 +41,8 @@ def selective_scan(
         initial_state: [B, D, N], zeros if None.
         chunk_size: tokens between states that are kept for the gradient, in chunked implementations; changes no
             value. None: one that ran fast.
-        implementation: "auto", "xla" (in chunks) or "reference" (token by token).
+        implementation: "auto", "xla" (in chunks), "pallas" (a kernel, on TPUs and Hopper GPUs) or "reference"
+            (token by token).
 
     Returns:
         y [B, T, D] in u's dtype, and the state [B, D, N] after the last token, float32 (float64 for float64 inputs).
@@ -57,9 +67,13 @@ def selective_scan(
     check_segments(op, segment_ids, batch, time)
     dtype = state_dtype(u, dt, A, B, C, D, initial_state)
     state = initial(op, initial_state, (batch, channels, states), dtype)
-    name = choose(op, implementation, {"xla": [], "reference": []})
+    inputs, target = (u, dt, A, B, C, D), current()
+    name = choose(op, implementation, kernel.ranked(op, target, _bucket(*inputs), inputs, xla=[], reference=[]))
     rows = documents(segment_ids)
-    if name == "xla":
+    if name == "pallas":
+        outputs = _ROWS, ("batch", "heads")
+        y, state = kernel.recurrent(op, target, _bucket, inputs, _AXES, state, rows, outputs, chunk_size)
+    elif name == "xla":
         y, state = xla.selective_scan(u, dt, A, B, C, D, state, rows, chunk_size=chunk_size)
     else:
         y, state = reference.selective_scan(u, dt, A, B, C, D, state, rows)

@@ -2,10 +2,18 @@
 
 import jax
 
+from kernels_pallas import kernel, tuning
 from kernels_pallas.arguments import check_chunk_size, check_rank, check_shape, initial, state_dtype
 from kernels_pallas.dispatch import choose
 from kernels_pallas.segments import check_segments, documents, silence
 from kernels_pallas.short_convolution import reference, xla
+from kernels_pallas.target import current
+
+_CHANNELS = ("batch", None, "heads")
+
+
+def _bucket(x, w, bias):
+    return tuning.bucket(batch=x.shape[0], time=x.shape[1], channels=x.shape[2], taps=w.shape[0])
 
 
 def short_convolution(
@@ -27,7 +35,8 @@ def short_convolution(
             row continues `initial_state`.
         initial_state: [B, W - 1, D] inputs before the first, the newest last; zeros if None.
         chunk_size: accepted as by the other recurrent operators; the work is not cut along time.
-        implementation: "auto", "xla" (tap by tap) or "reference" (token by token).
+        implementation: "auto", "xla" (tap by tap), "pallas" (a kernel, on TPUs and Hopper GPUs) or "reference"
+            (token by token).
 
     Returns:
         y [B, T, D] in x's dtype, and the last W - 1 live inputs of the last document [B, W - 1, D], zeros where it
@@ -49,8 +58,13 @@ def short_convolution(
     check_segments(op, segment_ids, batch, time)
     dtype = state_dtype(x, w, bias, initial_state)
     state = initial(op, initial_state, (batch, taps - 1, channels), dtype)
-    name = choose(op, implementation, {"xla": [], "reference": []})
+    inputs, target = (x, w, bias), current()
+    name = choose(op, implementation, kernel.ranked(op, target, _bucket(*inputs), inputs, xla=[], reference=[]))
     rows = documents(segment_ids)
-    run = xla.short_convolution if name == "xla" else reference.short_convolution
-    y, state = run(x, w, bias, state, rows)
+    if name == "pallas":
+        axes = _CHANNELS, (None, "heads"), ("heads",)
+        y, state = kernel.recurrent(op, target, _bucket, inputs, axes, state, rows, [_CHANNELS] * 2, chunk_size)
+    else:
+        run = xla.short_convolution if name == "xla" else reference.short_convolution
+        y, state = run(x, w, bias, state, rows)
     return silence(rows, y.astype(x.dtype)), state

@@ -1,0 +1,52 @@
+"""Block sizes that ran fastest, per operator, kind of device and bucket of shapes: `tuning.json` beside the kernels.
+
+`efficient-lm benchmark tune=OP` writes the tables; nothing is tuned while a model runs. Where there is no entry a
+kernel takes the block sizes that its own heuristic states, and "auto" the plain JAX form: a kernel is the choice where
+it was measured to be faster.
+"""
+
+import functools
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+from kernels_pallas.target import Target
+
+HERE = Path(__file__).parent
+
+
+def bucket(**sizes: int) -> str:
+    """The entry that shapes fall under: every size rounded up to a power of two, in the order given."""
+    return " ".join(f"{name}={1 << math.ceil(math.log2(max(1, size)))}" for name, size in sizes.items())
+
+
+def blocks(op: str, target: Target, shapes: str, heuristic: Mapping[str, int]) -> dict[str, int]:
+    """Block sizes of an operator: those of its table, and those of the heuristic where the table has none."""
+    return {**heuristic, **_entry(op, target, shapes).get("blocks", {})}
+
+
+def faster(op: str, target: Target, shapes: str) -> bool:
+    """Whether the kernel was measured to be faster than plain JAX on this kind of device."""
+    times = _entry(op, target, shapes).get("milliseconds", {})
+    return "pallas" in times and times["pallas"] <= times.get("xla", 0.0)
+
+
+def write(op: str, kind: str, shapes: str, entry: Mapping[str, object]) -> Path:
+    """Put an entry ``{"blocks": {...}, "milliseconds": {"pallas": ..., "xla": ...}}`` into an operator's table."""
+    path = HERE / op / "tuning.json"
+    table = {**_table(op)}
+    table[kind] = dict(sorted({**table.get(kind, {}), shapes: dict(entry)}.items()))
+    path.write_text(json.dumps(dict(sorted(table.items())), indent=2) + "\n")
+    _table.cache_clear()
+    return path
+
+
+def _entry(op: str, target: Target, shapes: str) -> Mapping:
+    return _table(op).get(target.kind, {}).get(shapes, {})
+
+
+@functools.cache
+def _table(op: str) -> Mapping:
+    path = HERE / op / "tuning.json"
+    return json.loads(path.read_text()) if path.exists() else {}
