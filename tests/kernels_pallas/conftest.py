@@ -1,0 +1,74 @@
+"""What tests of kernels share: values and gradients of an operator, their error, lowering for GPUs, races."""
+
+from collections.abc import Callable, Iterator, Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import export
+
+from kernels_pallas.target import Target, compiling_for
+
+
+@pytest.fixture(scope="session")
+def results() -> Callable[..., dict[str, np.ndarray]]:
+    """``results(function, values)`` → its outputs "0", "1", ... and the gradients "dNAME" of a weighted sum of them.
+
+    `function` takes the arrays of `values` by name; integers have no gradient. Every output counts in the sum, with
+    weights that are the same for every function.
+    """
+
+    def run(function: Callable, values: Mapping[str, jax.Array]) -> dict[str, np.ndarray]:
+        floats = {name: value for name, value in values.items() if jnp.issubdtype(value.dtype, jnp.inexact)}
+        rest = {name: value for name, value in values.items() if name not in floats}
+
+        def loss(floats):
+            outputs = jax.tree.leaves(function(**floats, **rest))
+            random = np.random.default_rng(1)
+            weights = [random.normal(size=x.shape) for x in outputs]
+            total = sum(
+                jnp.sum(x.astype(jnp.promote_types(x.dtype, "float32")) * w)
+                for x, w in zip(outputs, weights, strict=True)
+            )
+            return total, outputs
+
+        (_, outputs), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(floats)
+        named = {str(i): value for i, value in enumerate(outputs)}
+        named |= {f"d{name}": value for name, value in gradients.items()}
+        return {name: np.asarray(value, np.float64) for name, value in named.items()}
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def error() -> Callable[..., float]:
+    """``error(got, wanted)`` → relative root mean square; NaN anywhere fails every comparison."""
+
+    def measure(got, wanted) -> float:
+        got, wanted = np.asarray(got, np.float64), np.asarray(wanted, np.float64)
+        assert got.shape == wanted.shape
+        return np.sqrt(np.mean((got - wanted) ** 2)) / max(np.sqrt(np.mean(wanted**2)), 1e-6) if got.size else 0.0
+
+    return measure
+
+
+@pytest.fixture(scope="session")
+def lowered_for_hopper() -> Callable[..., str]:
+    """``lowered_for_hopper(function, *arguments)`` → the program for an H200: layouts, shared memory, primitives."""
+    allowed = [export.DisabledSafetyCheck.custom_call(name) for name in ("mosaic_gpu_v2", "mosaic_gpu")]
+
+    def lower(function: Callable, *arguments: jax.ShapeDtypeStruct) -> str:
+        with compiling_for(Target("gpu", "NVIDIA H200", hopper=True)):
+            program = export.export(jax.jit(function), platforms=["cuda"], disabled_checks=allowed)(*arguments)
+        return program.mlir_module()
+
+    return lower
+
+
+@pytest.fixture
+def without_races(capfd: pytest.CaptureFixture) -> Iterator[None]:
+    """Fails a test in which the GPU interpreter saw a race, which jax 0.11 only prints."""
+    yield
+    printed = "".join(capfd.readouterr())
+    assert "RACE DETECTED" not in printed
