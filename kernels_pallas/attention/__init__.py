@@ -3,9 +3,14 @@
 import jax
 import jax.numpy as jnp
 
+from kernels_pallas import kernel, tuning
 from kernels_pallas.attention import cudnn, reference, xla
 from kernels_pallas.attention.visibility import Visibility, document_ranks
 from kernels_pallas.dispatch import choose
+from kernels_pallas.partition import partitioned
+from kernels_pallas.target import Target, current
+
+_HEADS = ("batch", None, "heads")
 
 
 def attention(
@@ -25,8 +30,9 @@ def attention(
     key_segment_ids: jax.Array | None = None,
     query_positions: jax.Array | None = None,
     key_positions: jax.Array | None = None,
+    return_lse: bool = False,
     implementation: str = "auto",
-) -> jax.Array:
+) -> jax.Array | tuple[jax.Array, jax.Array]:
     """Weighted mean of values, weights softmax(scale q·k), per head, over the keys a query sees.
 
     Args:
@@ -44,10 +50,14 @@ def attention(
         key_segment_ids: int [B, S]; `segment_ids` if None, which needs S == T.
         query_positions, key_positions: int [B, T] and [B, S]: the order, for caches whose slots are out of order. If
             None, the index, the queries being the last T of S. Positions may restart in every document.
-        implementation: "auto", "reference" (all logits at once), "xla" or "cudnn".
+        return_lse: also return the logarithm of the softmax's denominator, by which parts over different keys merge.
+        implementation: "auto", "reference" (all logits at once), "xla" (in blocks of queries), "cudnn", or "pallas" (a
+            kernel, on TPUs and Hopper GPUs).
 
     Returns:
-        [B, T, H, V] in q's dtype; softmax in float32 (float64 for float64 inputs); 0 where a query sees no key.
+        [B, T, H, V] in q's dtype; softmax in float32 (float64 for float64 inputs); 0 where a query sees no key. With
+        `return_lse` also [B, T, H], float32 (float64), differentiable: log(sum of exp(logits), sink included), -1e20
+        where a query sees neither key nor sink.
 
     Raises:
         ValueError: shapes that do not fit, naming the argument, or an implementation that cannot honour the call.
@@ -61,12 +71,42 @@ def attention(
         q, k, causal, window, kept, prefix_length, segment_ids, key_segment_ids, query_positions, key_positions
     )
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    obstacles = {"cudnn": cudnn.obstacles(q, k, v, sinks, visibility, softcap), "xla": [], "reference": []}
+    target, inputs = current(), (q, k, v, sinks, bias, visibility)
+    obstacles = {"cudnn": cudnn.obstacles(q, k, v, sinks, visibility, softcap, return_lse)}
+    obstacles |= kernel.ranked("attention", target, _bucket(q, k, v, window), (*inputs, softcap), xla=[], reference=[])
     name = choose("attention", implementation, obstacles)
     if name == "cudnn":
         return cudnn.attention(q, k, v, bias, visibility, scale=scale)
-    run = xla.attention if name == "xla" else reference.attention
-    return run(q, k, v, sinks, bias, visibility, scale=scale, softcap=softcap)
+    if name == "pallas":
+        y, lse = _by_kernel(target, *inputs, scale=scale, softcap=softcap)
+    else:
+        run = xla.attention if name == "xla" else reference.attention
+        y, lse = run(*inputs, scale=scale, softcap=softcap)
+    return (y, lse) if return_lse else y
+
+
+def _bucket(q, k, v, window: int | None) -> str:
+    (batch, time, heads, width), (_, keys, groups, value) = q.shape, v.shape
+    sizes = {"batch": batch, "time": time, "keys": keys, "heads": heads, "groups": groups, "key": width, "value": value}
+    return tuning.bucket(**sizes, window=min(window or keys, keys))
+
+
+def _by_kernel(target: Target, q, k, v, sinks, bias, visibility: Visibility, *, scale: float, softcap: float | None):
+    """y [B,T,H,V] and logsumexps [B,T,H] by the target's kernel, under the ambient mesh if there is one."""
+    held = kernel.module("attention", target)
+    leaves, structure = jax.tree.flatten(visibility)
+
+    def run(q, k, v, sinks, bias, *leaves):
+        seen = jax.tree.unflatten(structure, leaves)
+        shapes = _bucket(q, k, v, seen.window)
+        blocks = tuning.blocks("attention", target, shapes, held.heuristic(q, k, v, seen))
+        options = {"scale": scale, "softcap": softcap, "blocks": blocks, "simulated": target.simulated}
+        return held.attention(q, k, v, sinks, bias, seen, **options)
+
+    rows = [("batch",) if leaf.shape[0] == q.shape[0] else () for leaf in leaves]
+    per_bias = () if bias is None else [kind if bias.shape[axis] > 1 else None for axis, kind in enumerate(_HEADS[::2])]
+    axes = (_HEADS, _HEADS, _HEADS, ("heads",), per_bias, *rows)
+    return partitioned(run, (q, k, v, sinks, bias, *leaves), axes, (_HEADS, _HEADS))
 
 
 def attention_weights(
@@ -95,7 +135,7 @@ def attention_weights(
     _check_shapes(q, k, k, sinks, None, bias)
     visibility = _visibility(q, k, True, window, kept, None, segment_ids, None, None, None)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return reference.probabilities(q, k, sinks, bias, visibility, scale=scale, softcap=softcap)
+    return reference.probabilities(q, k, sinks, bias, visibility, scale=scale, softcap=softcap)[0]
 
 
 def _check_shapes(q, k, v, sinks, prefix_length, bias) -> None:

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from kernels_pallas.attention.visibility import Visibility
 
 
-def obstacles(q, k, v, sinks, visibility: Visibility, softcap: float | None) -> list[str]:
+def obstacles(q, k, v, sinks, visibility: Visibility, softcap: float | None, return_lse: bool) -> list[str]:
     """What of this call cuDNN cannot honour, in words; empty if it can run."""
     checks = {
         f"backend {jax.default_backend()}": jax.default_backend() != "gpu",
@@ -20,6 +20,7 @@ def obstacles(q, k, v, sinks, visibility: Visibility, softcap: float | None) -> 
         "query_positions or key_positions": not visibility.in_order,
         "a causal query length unlike the key length": visibility.causal and q.shape[1] != k.shape[1],
         "a window that is not causal": visibility.window is not None and not visibility.causal,
+        "return_lse": return_lse,
     }
     return [name for name, fails in checks.items() if fails]
 

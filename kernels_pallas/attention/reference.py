@@ -5,17 +5,24 @@ import jax.numpy as jnp
 
 from kernels_pallas.attention.visibility import Visibility
 
+NOTHING = -1e20
+"""The logsumexp of nothing: finite, so that differences are, and below whatever a logit can be."""
 
-def attention(q, k, v, sinks, bias, visibility: Visibility, *, scale: float, softcap: float | None) -> jax.Array:
-    """q [B,T,H,K], k [B,S,G,K], v [B,S,G,V], sinks [H] or None, bias [1|B,1|H,T,S] or None -> [B,T,H,V] as q."""
-    weights = probabilities(q, k, sinks, bias, visibility, scale=scale, softcap=softcap)
+
+def attention(q, k, v, sinks, bias, visibility: Visibility, *, scale: float, softcap: float | None):
+    """q [B,T,H,K], k [B,S,G,K], v [B,S,G,V], sinks [H] or None, bias [1|B,1|H,T,S] or None.
+
+    Returns:
+        [B,T,H,V] in q's dtype, and the logsumexps [B,T,H] in float32 (float64), `NOTHING` where a query sees nothing.
+    """
+    weights, lse = probabilities(q, k, sinks, bias, visibility, scale=scale, softcap=softcap)
     with jax.default_matmul_precision("highest"):
         values = jnp.repeat(v.astype(weights.dtype), q.shape[2] // k.shape[2], axis=2)
-        return jnp.einsum("bhts,bshv->bthv", weights, values).astype(q.dtype)
+        return jnp.einsum("bhts,bshv->bthv", weights, values).astype(q.dtype), lse.swapaxes(1, 2)
 
 
-def probabilities(q, k, sinks, bias, visibility: Visibility, *, scale: float, softcap: float | None) -> jax.Array:
-    """The weight of every key for every query, [B,H,T,S] float32 (float64 for float64 inputs); arguments as above."""
+def probabilities(q, k, sinks, bias, visibility: Visibility, *, scale: float, softcap: float | None):
+    """Weights of every key for every query [B,H,T,S], logsumexps [B,H,T]; float32 (float64); arguments as above."""
     dtype = jnp.promote_types(q.dtype, jnp.float32)
     keys = jnp.repeat(k.astype(dtype), q.shape[2] // k.shape[2], axis=2)
     with jax.default_matmul_precision("highest"):
@@ -36,4 +43,5 @@ def probabilities(q, k, sinks, bias, visibility: Visibility, *, scale: float, so
         total = jnp.sum(weights, axis=-1, keepdims=True)
         if sink is not None:
             total += jnp.exp(sink - largest)
-        return weights / jnp.where(total == 0, 1, total)
+        safe = jnp.where(total == 0, 1, total)
+        return weights / safe, jnp.where(total == 0, NOTHING, largest + jnp.log(safe))[..., 0]

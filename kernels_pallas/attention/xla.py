@@ -13,11 +13,11 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas.attention.blocks import add_pieces, bands, piece, reach, scan_band, take, unstack
+from kernels_pallas.attention.reference import NOTHING
 from kernels_pallas.attention.visibility import Visibility
 
-_MASKED = -1e30  # finite: a difference of two infinities would be NaN
+_MASKED = -1e30  # finite: a difference of two infinities would be NaN; exp(_MASKED - NOTHING) is 0
 _MOST_MERGED_GROUPS = 16  # merging multiplies the arithmetic of decoding by the groups
-_FLOOR = -1e20  # of a row's maximum: exp(_MASKED - _FLOOR) is 0, so a row that sees nothing sums to 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,9 +28,12 @@ class _Options:
 
 
 def attention(q, k, v, sinks, bias, visibility: Visibility, *, scale: float, softcap: float | None, block: int = 0):
-    """q [B,T,H,K], k [B,S,G,K], v [B,S,G,V], sinks [H] or None, bias [1|B,1|H,T,S] or None -> [B,T,H,V] in q's dtype.
+    """q [B,T,H,K], k [B,S,G,K], v [B,S,G,V], sinks [H] or None, bias [1|B,1|H,T,S] or None.
 
     `block` is the queries whose logits exist at one time; 0 takes `default_block`.
+
+    Returns:
+        [B,T,H,V] in q's dtype, and the logsumexps [B,T,H].
     """
     options = _Options(scale, softcap, block or default_block(q.shape[1], jax.default_backend()))
     if q.shape[1] == 1 and 1 < k.shape[2] <= _MOST_MERGED_GROUPS:
@@ -55,8 +58,9 @@ def _one_query(options, q, k, v, sinks, bias, visibility):
     columns = own[:, None, None] == jnp.arange(groups)[:, None]
     spread = jnp.where(columns, q[..., None, :], 0).reshape(batch, 1, heads, groups * width)
     flat_k, flat_v = k.reshape(batch, keys, 1, -1), v.reshape(batch, keys, 1, -1)
-    y = _grouped(options, spread, flat_k, flat_v, sinks, bias, visibility).reshape(batch, 1, heads, groups, -1)
-    return jnp.take_along_axis(y, own[None, None, :, None, None], axis=3)[..., 0, :]
+    y, lse = _grouped(options, spread, flat_k, flat_v, sinks, bias, visibility)
+    y = y.reshape(batch, 1, heads, groups, -1)
+    return jnp.take_along_axis(y, own[None, None, :, None, None], axis=3)[..., 0, :], lse
 
 
 def _grouped(options, q, k, v, sinks, bias, visibility):
@@ -69,13 +73,17 @@ def _grouped(options, q, k, v, sinks, bias, visibility):
     if bias is not None:
         head_axes = (1, 1) if bias.shape[1] == 1 else (groups, members)
         bias = bias.astype(dtype).reshape(-1, *head_axes, *bias.shape[2:]).swapaxes(2, 3)
-    y = _attend(options, rows, k.swapaxes(1, 2), v.swapaxes(1, 2), sinks, bias, visibility)
-    return y.swapaxes(1, 2).reshape(batch, time, heads, v.shape[-1])
+    y, lse = _attend(options, rows, k.swapaxes(1, 2), v.swapaxes(1, 2), sinks, bias, visibility)
+    return y.swapaxes(1, 2).reshape(batch, time, heads, -1), lse.swapaxes(1, 2).reshape(batch, time, heads)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(options, q, k, v, sinks, bias, visibility):
-    """q [B,G,T,R,K], k [B,G,S,K], v [B,G,S,V], sinks [G,1,R], bias [1|B,1|G,T,1|R,S] -> [B,G,T,R,V]."""
+    """q [B,G,T,R,K], k [B,G,S,K], v [B,G,S,V], sinks [G,1,R], bias [1|B,1|G,T,1|R,S].
+
+    Returns:
+        [B,G,T,R,V] and the logsumexps [B,G,T,R].
+    """
     return _forward(options, q, k, v, sinks, bias, visibility)[0]
 
 
@@ -87,13 +95,14 @@ def _forward(options, q, k, v, sinks, bias, visibility):
     y, normaliser = _for_blocks(block, None, options.block, q.shape[2], k.shape[2], visibility)[1]
     # Computed once: XLA would otherwise redo the joining of the blocks for every logit of the backward.
     normaliser = jax.lax.optimization_barrier(normaliser)
-    return y, (q, k, v, sinks, bias, visibility, y, normaliser)
+    return (y, normaliser), (q, k, v, sinks, bias, visibility, y, normaliser)
 
 
-def _backward(options, residuals, dy):
+def _backward(options, residuals, changes):
     q, k, v, sinks, bias, visibility, y, normaliser = residuals
+    dy, dnormaliser = changes
     dtype = normaliser.dtype
-    delta = jax.lax.optimization_barrier(jnp.sum(dy.astype(dtype) * y.astype(dtype), axis=-1))
+    delta = jax.lax.optimization_barrier(jnp.sum(dy.astype(dtype) * y.astype(dtype), axis=-1) - dnormaliser)
 
     def block(carry, rows, pieces):
         dk, dv, dbias = carry
@@ -150,7 +159,7 @@ def _operands(q, k, v, bias, visibility, rows, pieces):
 def _forward_block(options, q, k, v, bias, seen, sinks):
     """Outputs [B,G,t,R,V] and logsumexps [B,G,t,R] of some rows over some keys."""
     logits, _ = _logits(options, q, k, bias, seen)
-    largest = jnp.maximum(jnp.max(logits, axis=-1), _FLOOR)
+    largest = jnp.maximum(jnp.max(logits, axis=-1), NOTHING)
     if sinks is not None:
         largest = jnp.maximum(largest, sinks)
     weights = jnp.exp(logits - largest[..., None])

@@ -163,6 +163,59 @@ def test_float64_equals_the_loop_and_its_gradients_the_definition(case):
         assert error(blocked[name], reference[name]) < 1e-11, name
 
 
+def merged(parts):
+    """Attention to all keys from (y, lse) of attention to some of them."""
+    largest = jnp.maximum(*(lse for _, lse in parts))
+    weights = [jnp.exp(lse - largest)[..., None] for _, lse in parts]
+    return sum(w * y for w, (y, _) in zip(weights, parts, strict=True)) / sum(weights)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+@pytest.mark.parametrize("half", [TIME // 2, 0])
+def test_logsumexps_merge_parts_over_keys_with_gradients(implementation, half):
+    first = np.arange(TIME) < half  # none of the keys, for half = 0
+    ids = {"segment_ids": np.ones((BATCH, TIME), np.int32)}
+    parts = [np.broadcast_to(np.where(part, 1, 2), (BATCH, TIME)).astype(np.int32) for part in (first, ~first)]
+
+    def run(q, k, v, sinks, split):
+        options = {"implementation": implementation, "softcap": 2.0, "causal": False, "return_lse": True}
+        if not split:
+            y, lse = attention(q, k, v, sinks=sinks, **options)
+            assert lse.shape == (BATCH, TIME, HEADS)
+            return y
+        one, two = (attention(q, k, v, key_segment_ids=part, **ids, **options) for part in parts)
+        joined = merged([one, two])
+        lse = jnp.logaddexp(one[1], two[1])
+        return joined / (1 + jnp.exp(sinks - lse))[..., None]  # the sink joins the denominator
+
+    with jax.enable_x64(True):
+        *arrays, dy = (jnp.asarray(x) for x in inputs())
+        whole, pull = jax.vjp(lambda *x: run(*x, split=False), *arrays, jnp.asarray(SINKS))
+        halves, pull_halves = jax.vjp(lambda *x: run(*x, split=True), *arrays, jnp.asarray(SINKS))
+        assert error(halves, whole) < 1e-12
+        assert all(error(got, wanted) < 1e-11 for got, wanted in zip(pull_halves(dy), pull(dy), strict=True))
+
+
+@pytest.mark.parametrize("sinks", [None, SINKS])
+def test_logsumexps_and_their_gradients_of_both_forms_agree(sinks):
+    def run(implementation):
+        def loss(q, k, v, sinks):
+            options = {"window": 5, "segment_ids": SEGMENTS, "return_lse": True, "implementation": implementation}
+            y, lse = attention(q, k, v, sinks=sinks, **options)
+            return jnp.sum(y[..., 0]) + jnp.sum(jnp.where(lse < -1e19, 0, lse) ** 2), lse
+
+        arrays = [jnp.asarray(x) for x in inputs()[:3]] + [None if sinks is None else jnp.asarray(sinks)]
+        given = (0, 1, 2) if sinks is None else (0, 1, 2, 3)
+        (_, lse), gradients = quick(jax.value_and_grad(loss, given, has_aux=True))(*arrays)
+        return [np.asarray(x) for x in (lse, *gradients)]
+
+    with jax.enable_x64(True):
+        wanted, got = run("reference"), run("xla")
+    nothing = np.broadcast_to((SEGMENTS == 0)[..., None], wanted[0].shape)
+    assert np.all(wanted[0][nothing] == (-1e20 if sinks is None else np.broadcast_to(SINKS, nothing.shape)[nothing]))
+    assert all(error(a, b) < 1e-11 for a, b in zip(got, wanted, strict=True))
+
+
 @pytest.mark.parametrize(("dtype", "output", "gradient"), [(jnp.float32, 1e-5, 1e-4), (jnp.bfloat16, 5e-3, 8e-3)])
 @pytest.mark.parametrize("case", ["causal", "everything"])
 def test_narrow_dtypes(case, dtype, output, gradient):
@@ -381,7 +434,7 @@ def test_auto_logs_its_choice_once(caplog):
         ({"key_positions": SEGMENTS[:1]}, "key_positions must"),
         ({"window": 0}, "window must"),
         ({"kept": -1}, "kept must"),
-        ({"implementation": "pallas"}, "no implementation 'pallas'; valid: auto, cudnn, xla, reference"),
+        ({"implementation": "flash"}, "no implementation 'flash'; valid: auto, cudnn, xla, reference, pallas"),
     ],
 )
 def test_wrong_arguments_are_named(change, message):
