@@ -75,6 +75,8 @@ class TrainSpec(Spec):
         stop_at_accuracy: validation accuracy that ends the run, for data with answers; None runs to the end.
         diagnostics: whether each evaluation also measures recurrent states, decay and entropy of attention, by layer
             (see `evaluation.diagnostics`).
+        kernels: form of each operator whose block names none: "pallas" takes kernels wherever they honour
+            the call, "xla" plain JAX, "auto" what was measured to be fastest (see `kernels_pallas.dispatch`).
     """
 
     steps: Count
@@ -94,6 +96,7 @@ class TrainSpec(Spec):
     minutes: Positive | None = None
     stop_at_accuracy: Annotated[Fraction, Field(gt=0)] | None = None
     diagnostics: bool = False
+    kernels: Literal["auto", "pallas", "xla"] = "auto"
 
     @model_validator(mode="after")
     def _divides(self) -> "TrainSpec":

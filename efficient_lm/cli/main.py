@@ -52,7 +52,7 @@ def guarded(run: Callable[[], int], show_traceback: bool = False) -> int:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
     except Exception as error:
-        fault = error if isinstance(error, UserError) else _resources(error)
+        fault = error if isinstance(error, UserError) else _resources(error) or _implementation(error)
         if fault is None or show_traceback:
             traceback.print_exc()
         if fault is not None:
@@ -112,6 +112,13 @@ def _resources(error: Exception) -> ResourceError | None:
             "or precision=bfloat16"
         )
     return None
+
+
+def _implementation(error: Exception) -> ConfigError | None:
+    """An operator whose named implementation cannot honour the config, or run on this machine."""
+    from kernels_pallas.dispatch import Unsupported
+
+    return next((ConfigError(str(cause)) for cause in causes(error) if isinstance(cause, Unsupported)), None)
 
 
 def _print_fault(fault: UserError) -> None:

@@ -14,6 +14,7 @@ from efficient_lm.models.language_model import LanguageModel
 from efficient_lm.models.parameters import count_parameters, decay_mask, parameter_table
 from efficient_lm.training.freezing import for_trained, trainable
 from efficient_lm.training.step import abstract_state, make_step
+from kernels_pallas.dispatch import preferring
 
 
 def parameters_by_part(model: LanguageModel) -> dict[str, int]:
@@ -56,7 +57,7 @@ def plan(config: RunConfig) -> dict[str, Any]:
     options = {"accumulate": train.accumulate, "clip_norm": train.clip_norm, "dtype": config.precision.dtype}
     options |= {"chosen": chosen, "nesting": config.nesting}
     step = jax.jit(make_step(model, config.objective, optimizer, **options), donate_argnums=0)
-    with layout.active():
+    with layout.active(), preferring(train.kernels):
         memory = step.lower(state, batch).compile().memory_analysis()
     parameters, gradients = _bytes(state["parameters"]), _bytes(state["parameters"])
     caches = jax.eval_shape(lambda: model.init_caches(1, train.sequence_length, config.precision.dtype))

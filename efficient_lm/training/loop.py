@@ -2,6 +2,7 @@
 
 import logging
 import math
+import re
 import signal
 import time
 from collections.abc import Callable
@@ -26,6 +27,7 @@ from efficient_lm.training.initialization import read_source
 from efficient_lm.training.reporting import Console, MetricsFile, plot_loss, write_json_atomically
 from efficient_lm.training.run_directory import RunDirectory, differences
 from efficient_lm.training.setup import Setup, prepare
+from kernels_pallas.dispatch import preferring
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +64,8 @@ def train(config: RunConfig) -> dict[str, Any]:
     """
     setup = prepare(config)
     config = setup.config
-    with setup.layout.active(), RunDirectory(config.run.dir) as run, Interruption() as interruption:
+    kernels = preferring(config.train.kernels)
+    with setup.layout.active(), kernels, RunDirectory(config.run.dir) as run, Interruption() as interruption:
         checkpoints = Checkpoints(run.checkpoints, config.train.keep_checkpoints)
         state, progress = _resume_or_start(setup, run, checkpoints)
         session = _Session(setup, run, checkpoints, progress)
@@ -98,14 +101,16 @@ def train(config: RunConfig) -> dict[str, Any]:
             session.close()
 
 
+_OF_ANOTHER = re.compile(r"(model|tokenizer)\.(?!remat|.*\.(implementation|chunk_size): )")
+"""Changed keys that make another model; the rest of a model says how it is computed, and not what."""
+
+
 def _resume_or_start(setup: Setup, run: RunDirectory, checkpoints: Checkpoints) -> tuple[dict[str, Any], Progress]:
     """The newest good checkpoint's state, or a fresh one; `config.yaml` and the tokenizer are written."""
     wanted = setup.config.dump()
     if checkpoints.steps and run.config.is_file():
         changes = differences(read_config(run.config).dump(), wanted)
-        breaking = [
-            line for line in changes if line.startswith(("model.", "tokenizer.")) and not line.startswith("model.remat")
-        ]
+        breaking = [line for line in changes if _OF_ANOTHER.match(line)]
         if breaking:
             raise CheckpointError(
                 f"{run.path}: holds a run of another architecture ({'; '.join(breaking[:3])}); choose another run.name"

@@ -23,6 +23,7 @@ from efficient_lm.training.freezing import Trainable, for_trained, trainable
 from efficient_lm.training.initialization import Source, check_source, transferred
 from efficient_lm.training.parallelism import Layout
 from efficient_lm.training.step import abstract_state, initial_state, make_step, state_shardings
+from kernels_pallas.target import current
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,17 @@ def with_vocabulary(config: RunConfig, tokenizer: Tokenizer) -> RunConfig:
     return config.model_copy(update={"model": model})
 
 
+def check_kernels(config: RunConfig) -> None:
+    """Refuse kernels that are asked for by name where none runs. Raises `ConfigError`."""
+    named = {"train.kernels": config.train.kernels}
+    for name, layer in zip(config.model.layer_names(), config.model.layers(), strict=True):
+        named[f"model.blocks.{name}.mixer.implementation"] = getattr(layer.mixer, "implementation", "auto")
+    where = current().obstacles()
+    asked = [key for key, value in named.items() if value == "pallas"]
+    if where and asked:
+        raise ConfigError(f"{asked[0]}: no kernel runs on {where[0]}; valid here: auto, xla")
+
+
 def prepare(config: RunConfig) -> Setup:
     """Open tokenizer and data, define model and optimizer; nothing is written and no array is allocated.
 
@@ -115,6 +127,7 @@ def prepare(config: RunConfig) -> Setup:
     layout = config.parallelism.build()
     layout.check_batch(train.batch_size, train.accumulate)
     layout.check_experts(config.model)
+    check_kernels(config)
     tokenizer = config.tokenizer.build()
     config = with_vocabulary(config, tokenizer)
     model = config.model.build()

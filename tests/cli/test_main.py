@@ -88,6 +88,13 @@ def test_options_may_stand_anywhere(run, tmp_path):
         (["train", "mixer.haeds=3"], "model.blocks.layer.mixer.haeds: unknown key; did you mean 'heads'"),
         (["train", "train.step=3"], "train.step: unknown key; did you mean 'steps'"),
         (["plan", "train.steps=many"], "train.steps: expected a whole number; got the text 'many'"),
+        (["train", "train.kernels=palas"], "train.kernels: 'palas' is not valid; did you mean 'pallas'"),
+        (["train", "experiment=quickstart", "train.kernels=pallas"], "train.kernels: no kernel runs on backend cpu"),
+        (
+            ["train", "experiment=quickstart", "mixer.implementation=pallas"],
+            "model.blocks.layer.mixer.implementation: no kernel runs on backend cpu (Pallas kernels run on TPUs and on NVIDIA Hopper GPUs); "
+            "valid here: auto, xla",
+        ),
         (["generate"], "checkpoint: a value is needed"),
         (["generate", "checkpoint=a", "temprature=1"], "temprature: unknown key; did you mean 'temperature'"),
         (["evaluate", "checkpoint=a", "batch_size=0"], "batch_size: expected at least 1; got 0"),

@@ -200,6 +200,12 @@ def test_a_longer_run_goes_on(text, whole, tmp_path):
     assert losses(folder)[:12] == losses(whole[0])
 
 
+def test_another_implementation_of_an_operator_is_the_same_model(text, whole, tmp_path):
+    folder = tmp_path / "reference"
+    shutil.copytree(whole[0], folder)
+    assert run(text, folder, **{"train.steps": 14, "mixer.implementation": "reference"})["step"] == 14
+
+
 def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_state(text, tmp_path):
     folder = tmp_path / "diverged"
     options = {"optimizer.learning_rate": 1e30, "train.clip_norm": "null", "train.max_nonfinite": 5, "train.steps": 60,

@@ -66,7 +66,7 @@ class AttentionSpec(MixerSpec):
     output_bias: bool = False
     shares_keys: bool = False
     position: OneOf[PositionSpec] = RotarySpec()
-    implementation: Literal["auto", "reference", "xla", "cudnn"] = "auto"
+    implementation: Literal["auto", "reference", "xla", "pallas", "cudnn"] = "auto"
 
     @property
     def takes_back(self) -> bool:

@@ -69,7 +69,7 @@ class MultiLatentSpec(MixerSpec):
     bias: bool = False
     output_bias: bool = False
     position: OneOf[PositionSpec] = RotarySpec()
-    implementation: Literal["auto", "reference", "xla", "cudnn"] = "auto"
+    implementation: Literal["auto", "reference", "xla", "pallas", "cudnn"] = "auto"
 
     @property
     def takes_back(self) -> bool:

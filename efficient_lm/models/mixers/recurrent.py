@@ -10,7 +10,7 @@ from efficient_lm.models.context import Context
 from efficient_lm.models.mixers.base import Cache
 from efficient_lm.models.parameters import Uniform
 
-Implementation = Literal["auto", "reference", "xla"]
+Implementation = Literal["auto", "reference", "xla", "pallas"]
 """Which form of an operator of `kernels_pallas` a recurrent mixer runs."""
 
 SHORTEST_STEP = 1e-4
