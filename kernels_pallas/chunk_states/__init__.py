@@ -7,9 +7,12 @@ Per row and head, with a state S [K, V] in front of chunk c (arXiv 2312.06635, 2
 without W for linear attention. All decays and documents are in the arguments already.
 """
 
+import functools
+
 import jax
 
-from kernels_pallas.chunk_states import plain
+from kernels_pallas.chunk_states.advance_gpu import Corrects, Writes, advance
+from kernels_pallas.chunk_states.read_gpu import Given, States, read
 
 
 def chunk_states(
@@ -39,10 +42,45 @@ def chunk_states(
             W = (I + diag(beta) A)⁻¹ diag(beta) K_in; 0 at tokens that do not see the state in front of the chunk.
         simulated: run in the interpreter.
 
-    K and V are multiples of 64, K at most 256. Products are in bfloat16, with float32 sums; the state itself is
-    float32, and rounded to bfloat16 where it is multiplied.
+    K and V are multiples of 64, at most 256; with w, K is at most 128. Products are in bfloat16, with float32 sums; the
+    state itself is float32, and rounded to bfloat16 where it is multiplied.
 
     Returns:
         o bfloat16 [B, T, H, V] and the state float32 [B, H, K, V].
     """
-    return plain.chunk_states(q_in, k_out, pairs, v, whole, state, w)
+    return _chunk_states(simulated, q_in, k_out, pairs, v, whole, state, w)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _chunk_states(simulated, *arrays):
+    return _forward(simulated, *arrays)[0]
+
+
+def _forward(simulated, q_in, k_out, pairs, v, whole, state, w):
+    writes, corrects = (Writes(k_out, v), None) if w is None else (None, Corrects(w, k_out, v, 1))
+    going = advance(whole, state, writes, corrects, simulated=simulated)
+    values = v if w is None else going.values
+    o = read(q_in, States(going.states), Given(pairs, values), heads=v.shape[2], simulated=simulated).out
+    return (o, going.last), (q_in, k_out, pairs, values, whole, w, going.states)
+
+
+def _backward(simulated, residuals, cotangents):
+    q_in, k_out, pairs, values, whole, w, states = residuals
+    do, dstate = cotangents
+    reading = functools.partial(read, heads=values.shape[2], simulated=simulated)
+    going = functools.partial(advance, whole, dstate, Writes(q_in, do), reverse=True, simulated=simulated)
+    if w is None:
+        back = going(against=states)
+        dvalues = reading(k_out, States(back.states), Given(pairs, do), reverse=True).out
+        dw = None
+    else:
+        local = reading(None, None, Given(pairs, do), reverse=True).out
+        back = going(Corrects(k_out, w, local, -1), states)
+        dvalues = back.values
+        dw = -reading(dvalues, States(states, turned=True)).out
+    dq_in, dpairs, _ = reading(do, States(states, turned=True), emit=values)
+    dk_out = reading(values, States(back.states, turned=True)).out
+    return dq_in, dk_out, dpairs, dvalues, back.kept, back.last, dw
+
+
+_chunk_states.defvjp(_forward, _backward)

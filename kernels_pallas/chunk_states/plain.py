@@ -1,7 +1,6 @@
 """The recurrence over chunks in plain JAX: what the kernels compute, in the same order, without their layouts."""
 
 import jax
-import jax.numpy as jnp
 
 
 def chunk_states(q_in, k_out, pairs, v, whole, state, w=None):

@@ -1,0 +1,56 @@
+"""What the kernels over chunks share: tiles in shared memory, products of tiles, and values laid out for them."""
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+CHUNK = 64
+"""Tokens of a chunk: the rows of a tensor core instruction."""
+
+WGMMA = plgpu.Layout.WGMMA
+ROWS, COLUMNS = WGMMA.reduce(1), WGMMA.reduce(0)
+"""Vectors with an entry per row, or per column, of a matrix in the layout of the tensor cores."""
+
+
+def tile(*shape: int):
+    """Shared memory for a bfloat16 [..., rows, columns] operand of the tensor cores; columns a multiple of 64."""
+    swizzled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+    return plgpu.SMEM(shape, jnp.bfloat16, transforms=swizzled)
+
+
+def product(*operands):
+    """The sum of left @ right over pairs of tiles in shared memory, float32."""
+    shape = (operands[0][0].shape[0], operands[0][1].shape[1])
+
+    def run(total):
+        for left, right in operands:
+            plgpu.wgmma(total, left, right)
+        return total[...]
+
+    return pl.run_scoped(run, plgpu.ACC(shape, jnp.float32))
+
+
+def floats(ref):
+    """A tile as float32 values."""
+    return plgpu.load(ref, layout=WGMMA, optimized=False).astype(jnp.float32)
+
+
+def vector(ref, layout):
+    """A vector in shared memory. One that is needed both per row and per column lies there twice."""
+    return plgpu.load(ref, layout=layout, optimized=False)
+
+
+def along_rows(values, shape):
+    """[rows] as [rows, columns]."""
+    return jax.lax.broadcast_in_dim(values, shape, [0])
+
+
+def along_columns(values, shape):
+    """[columns] as [rows, columns]."""
+    return jax.lax.broadcast_in_dim(values, shape, [1])
+
+
+def interpreter(simulated: bool):
+    """What `plgpu.kernel` takes as `interpret`."""
+    return plgpu.InterpretGPUParams(detect_races=True) if simulated else None

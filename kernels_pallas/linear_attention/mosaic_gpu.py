@@ -1,0 +1,139 @@
+"""Linear attention on Hopper GPUs, without decay, with one per head or one per channel, in chunks of 64 tokens.
+
+States go from chunk to chunk in one kernel, and all chunks read them at once in another: `kernels_pallas.chunk_states`.
+Per head the products of decays are formed in the kernels. Per channel plain JAX scales queries and keys and forms the
+decayed products within chunks: `mosaic_gpu_channel`.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from kernels_pallas.chunk_states.advance_gpu import Writes, advance
+from kernels_pallas.chunk_states.padding import Chunked, filled, widened
+from kernels_pallas.chunk_states.read_gpu import Decayed, States, read
+from kernels_pallas.chunk_states.tiles import CHUNK
+from kernels_pallas.dispatch import unfit
+from kernels_pallas.linear_attention import mosaic_gpu_channel, reference
+
+WIDEST = 256
+"""Of keys and values: the longest side of a tile that is loaded at once."""
+
+
+def obstacles(q, k, v, log_decay) -> list[str]:
+    """What of a call the kernels do not take."""
+    reasons = unfit({"q": q, "k": k, "v": v}, "bfloat16") + unfit({"log_decay": log_decay}, "float32", "bfloat16")
+    widths = {"key": k.shape[3], "value": v.shape[3]}
+    return reasons + [f"a {name} width of {width} above {WIDEST}" for name, width in widths.items() if width > WIDEST]
+
+
+def heuristic(q, k, v, log_decay) -> dict[str, int]:
+    """Chunks of 64 tokens: the rows of one tensor core instruction, and the only size that the kernels have."""
+    return {"chunk": CHUNK}
+
+
+def linear_attention(q, k, v, log_decay, state, documents, *, blocks, simulated):
+    """q, k [B,T,G,K], v [B,T,H,V], log_decay None, [B,T,H] or [B,T,H,K], state [B,H,K,V] -> y [B,T,H,V], state."""
+    q, k, v, log_decay = reference.prepare(documents, (q, k, v, log_decay), jnp.float32)
+    time, keys, values = q.shape[1], q.shape[3], v.shape[3]
+    q, k, v, state = widened(q, k, v, state)
+    q, k, v, log_decay = (filled(value) for value in (q, k, v, log_decay))
+    chunked = None if documents is None else Chunked.of(documents)
+    if log_decay is not None and log_decay.ndim == 4:
+        y, state = mosaic_gpu_channel.linear_attention(q, k, v, log_decay, state, chunked, simulated)
+    else:
+        y, state = _per_head(simulated, q, k, v, log_decay, state, chunked)
+    return y[:, :time, :, :values], state[:, :, :keys, :values]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _per_head(simulated, q, k, v, log_decay, state, documents):
+    """Of whole chunks, widths multiples of 64, and log_decay None or float32 [B,T,H]."""
+    return _forward(simulated, q, k, v, log_decay, state, documents)[0]
+
+
+def _forward(simulated, q, k, v, log_decay, state, documents):
+    sums, entering, leaving, whole = _decays(log_decay, v, documents)
+    going = advance(_per_key(whole, k), state, Writes(k, v, leaving), simulated=simulated)
+    numbers = None if documents is None else documents.number
+    near = Decayed(k, v, sums, numbers)
+    y = read(q, States(going.states, rows=entering), near, heads=v.shape[2], simulated=simulated).out
+    return (y, going.last), (q, k, v, log_decay, documents, going.states)
+
+
+def _backward(simulated, residuals, cotangents):
+    q, k, v, log_decay, documents, states = residuals
+    dy, dstate = cotangents
+    sums, entering, leaving, whole = _decays(log_decay, v, documents)
+    numbers = None if documents is None else documents.number
+    reading = functools.partial(read, heads=v.shape[2], simulated=simulated)
+    decays = log_decay is not None
+    back = advance(
+        _per_key(whole, k),
+        dstate,
+        Writes(q, dy, entering),
+        against=states if decays else None,
+        reverse=True,
+        simulated=simulated,
+    )
+    dv = reading(k, States(back.states, rows=leaving), Decayed(q, dy, sums, numbers), reverse=True).out
+    dq, _, gains = reading(dy, States(states, True, entering), Decayed(v, k, sums, numbers), own=q if decays else None)
+    dk, _, losses = reading(
+        v, States(back.states, True, leaving), Decayed(dy, q, sums, numbers), own=k if decays else None, reverse=True
+    )
+    dlog_decay = None
+    if decays:
+        dlog_decay = _decay_gradient(gains, losses, whole * jnp.sum(back.kept, axis=-1))
+    return _over_group(dq, q), _over_group(dk, k), dv, dlog_decay, back.last, None
+
+
+_per_head.defvjp(_forward, _backward)
+
+
+def _decays(log_decay, v, documents):
+    """Of each chunk, float32: log2 of the decay up to each token, the decays from the state in front to each token and
+    from each token to the state after, all [B,H,N,C], and from state to state [B,N,H].
+    """
+    batch, time, heads = v.shape[:3]
+    shape = (batch, heads, time // CHUNK, CHUNK)
+    if log_decay is None:
+        sums = jnp.zeros(shape, jnp.float32)
+    else:
+        steps = log_decay.swapaxes(1, 2).reshape(shape)
+        sums = jnp.cumsum(steps * jnp.log2(jnp.e).astype(jnp.float32), axis=3)
+    entering, leaving = jnp.exp2(sums), jnp.exp2(sums[..., -1:] - sums)
+    whole = entering[..., -1]
+    if documents is not None:
+        entering = jnp.where(documents.entered()[:, None], entering, 0)
+        leaving = jnp.where(documents.left()[:, None], leaving, 0)
+        whole = jnp.where(documents.survives()[:, None], whole, 0)
+    return sums, entering, leaving, whole.swapaxes(1, 2)
+
+
+def _per_key(whole, k):
+    return jnp.broadcast_to(whole[..., None], (*whole.shape, k.shape[3]))
+
+
+def _decay_gradient(gains, losses, kept):
+    """A decay scales all that is read after it of what was written before it, in its chunk and of the states.
+
+    Args:
+        gains, losses: float32 [2,B,H,N,C], of queries and keys: what each read or gave within the chunk, and what it
+            read of the state in front of it or gave to the state after it.
+        kept: float32 [B,N,H], what the state in front gave to the state after.
+    """
+    (read_inside, read_before), (given_inside, given_after) = gains, losses
+    from_here = jnp.flip(jnp.cumsum(jnp.flip(read_inside - given_inside + read_before, 3), axis=3), 3)
+    until_here = jnp.cumsum(given_after, axis=3) - given_after
+    gradient = from_here + until_here + kept.swapaxes(1, 2)[..., None]
+    return gradient.reshape(*gradient.shape[:2], -1).swapaxes(1, 2)
+
+
+def _over_group(gradient, like):
+    """[B,T,H,K] summed over the heads of each group, in float32, as an array [B,T,G,K]."""
+    batch, time, groups, width = like.shape
+    if groups == gradient.shape[2]:
+        return gradient
+    split = gradient.reshape(batch, time, groups, -1, width)
+    return jnp.sum(split, axis=3, dtype=jnp.float32).astype(like.dtype)
