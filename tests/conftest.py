@@ -1,6 +1,9 @@
 """Tests run on the CPU, compile in a hurry, and keep compiled programs between sessions."""
 
 import os
+import subprocess
+import sys
+import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -52,3 +55,18 @@ def drawn() -> Callable[..., Any]:
         return map_declarations(start, built.declarations)
 
     return draw
+
+
+@pytest.fixture
+def on_devices() -> Callable[[int, str], str]:
+    """``on_devices(count, code)`` → what a script prints where there are so many devices; a fault in it is one here."""
+
+    def run(count: int, code: str) -> str:
+        flags = f"--xla_force_host_platform_device_count={count} --xla_backend_optimization_level=0"
+        environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+        command = [sys.executable, "-c", textwrap.dedent(code)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-2000:]
+        return done.stdout.strip()
+
+    return run

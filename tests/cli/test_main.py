@@ -92,8 +92,8 @@ def test_options_may_stand_anywhere(run, tmp_path):
         (["train", "experiment=quickstart", "train.kernels=pallas"], "train.kernels: no kernel runs on backend cpu"),
         (
             ["train", "experiment=quickstart", "mixer.implementation=pallas"],
-            "model.blocks.layer.mixer.implementation: no kernel runs on backend cpu (Pallas kernels run on TPUs and on NVIDIA Hopper GPUs); "
-            "valid here: auto, xla",
+            "model.blocks.layer.mixer.implementation: no kernel runs on backend cpu (Pallas kernels run on TPUs and on "
+            "NVIDIA Hopper GPUs); valid here: auto, xla",
         ),
         (["generate"], "checkpoint: a value is needed"),
         (["generate", "checkpoint=a", "temprature=1"], "temprature: unknown key; did you mean 'temperature'"),
