@@ -1,4 +1,4 @@
-"""Checks of arguments that the recurrent operators share: shapes, and values where they can be seen."""
+"""What operators do with arguments first: checks of shapes, and of values where they can be seen; and padding."""
 
 from collections.abc import Sequence
 
@@ -81,3 +81,9 @@ def check_log_decay(op: str, log_decay, q, v, *, constant: bool = False) -> None
         valid = " or ".join(str(shape) for shape in shapes)
         raise ValueError(f"{op}: log_decay must have shape {valid}, not {log_decay.shape}")
     check_sign(op, "log_decay", log_decay, -1)
+
+
+def padded(x: jax.Array, multiples: Sequence[int]) -> jax.Array:
+    """`x` with zeros behind, so that its last axes are multiples of these."""
+    widths = [(0, -size % multiple) for size, multiple in zip(x.shape[-len(multiples) :], multiples, strict=True)]
+    return jnp.pad(x, [(0, 0)] * (x.ndim - len(widths)) + widths) if any(behind for _, behind in widths) else x

@@ -4,9 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kernels_pallas import kernel, tuning
 from kernels_pallas.arguments import check_rank, check_shape, check_sign
 from kernels_pallas.dispatch import choose
 from kernels_pallas.grouped_matmul import reference, xla
+from kernels_pallas.target import current
 
 
 def grouped_matmul(
@@ -21,10 +23,11 @@ def grouped_matmul(
         x: [M, K] rows sorted by group; their dtype is that of the products, which accumulate in float32.
         w: [E, K, N] in any float dtype; its gradient has that dtype and accumulates in float32.
         group_sizes: int [E].
-        tile: rows of a group that are multiplied at a time, in the implementation by tiles; changes no value. None:
-            one that ran fast.
-        implementation: "auto", "xla" (by tiles, memory independent of E besides w and its gradient) or "reference"
-            (every row meets every matrix).
+        tile: rows of a group that are multiplied at a time, in implementations by tiles, of which a kernel takes the
+            nearest that it can; changes no value. None: one that ran fast.
+        implementation: "auto", "xla" (by tiles, memory independent of E besides w and its gradient), "pallas" (a
+            kernel by tiles, on TPUs and Hopper GPUs) or "reference" (every row meets every matrix). Where a mesh
+            divides the rows the caller maps this function over them, as sizes are those of a device's own rows.
 
     Returns:
         [M, N] in x's dtype.
@@ -44,7 +47,14 @@ def grouped_matmul(
         raise ValueError(f"{op}: tile must be at least 1, not {tile}")
     check_sign(op, "group_sizes", group_sizes, 1)
     _check_sum(op, group_sizes, x.shape[0])
-    name = choose(op, implementation, {"xla": [], "reference": [] if tile is None else ["tile"]})
+    inputs, target = (x, w, group_sizes), current()
+    shapes = tuning.bucket(rows=x.shape[0], groups=w.shape[0], inputs=w.shape[1], outputs=w.shape[2])
+    others = {"xla": [], "reference": [] if tile is None else ["tile"]}
+    name = choose(op, implementation, kernel.ranked(op, target, shapes, inputs, **others))
+    if name == "pallas":
+        held = kernel.module(op, target)
+        blocks = tuning.blocks(op, target, shapes, held.heuristic(*inputs)) | ({} if tile is None else {"rows": tile})
+        return held.grouped_matmul(*inputs, blocks=blocks, simulated=target.simulated)
     if name == "reference":
         return reference.grouped_matmul(x, w, group_sizes)
     if tile is None:

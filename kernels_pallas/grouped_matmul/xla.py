@@ -6,21 +6,12 @@ are at most M / tile + E tiles and the loop runs over those there are, so that n
 rows times groups.
 """
 
-import functools
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-
-class _Tiles(NamedTuple):
-    """First row, first row behind its group, and group of each tile; how many tiles there are."""
-
-    starts: jax.Array
-    ends: jax.Array
-    groups: jax.Array
-    count: jax.Array
+from kernels_pallas.grouped_matmul.gradient import Products, grouped
+from kernels_pallas.grouped_matmul.tiles import tiles
 
 
 def default_tile(rows: int, groups: int, backend: str) -> int:
@@ -35,37 +26,7 @@ def default_tile(rows: int, groups: int, backend: str) -> int:
 
 def grouped_matmul(x, w, group_sizes, *, tile: int):
     """x [M,K], w [E,K,N], group_sizes [E] → [M,N] in x's dtype."""
-    return _grouped(tile, x, w, group_sizes)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _grouped(tile, x, w, group_sizes):
-    return _products(x, w, _tiles(tile, x.shape[0], group_sizes), tile, transposed=False)
-
-
-def _forward(tile, x, w, group_sizes):
-    return _grouped(tile, x, w, group_sizes), (x, w, group_sizes)
-
-
-def _backward(tile, saved, dy):
-    x, w, group_sizes = saved
-    tiles = _tiles(tile, x.shape[0], group_sizes)
-    dx = _products(dy.astype(x.dtype), w, tiles, tile, transposed=True)
-    return dx, _weight_gradient(x, dy, w, tiles, tile), None
-
-
-_grouped.defvjp(_forward, _backward)
-
-
-def _tiles(tile, rows, group_sizes) -> _Tiles:
-    ends = jnp.minimum(jnp.cumsum(group_sizes.astype(jnp.int32)), rows)
-    starts = jnp.concatenate([jnp.zeros(1, jnp.int32), ends[:-1]])
-    needed = -((starts - ends) // tile)
-    behind = jnp.cumsum(needed)
-    index = jnp.arange(-(-rows // tile) + len(ends), dtype=jnp.int32)
-    groups = jnp.minimum(jnp.searchsorted(behind, index, side="right"), len(ends) - 1)
-    within = index - (behind - needed)[groups]
-    return _Tiles(starts[groups] + within * tile, ends[groups], groups, behind[-1])
+    return grouped(Products(_products, _weight_gradient, tile), x, w, group_sizes)
 
 
 def _padded(values, tile):
@@ -73,36 +34,38 @@ def _padded(values, tile):
     return jnp.pad(values, ((0, tile), (0, 0)))
 
 
-def _products(x, w, tiles, tile, *, transposed: bool):
+def _products(tile, x, w, group_sizes, transposed: bool):
     """Rows of each group times its matrix, or the transpose of that; 0 behind the last group."""
     rows, outputs = x.shape[0], w.shape[1 if transposed else 2]
+    parts = tiles(tile, rows, group_sizes)
     padded = _padded(x, tile)
     contraction = (((1,), (1 if transposed else 0,)), ((), ()))
     wide = jnp.promote_types(x.dtype, jnp.float32)
 
     def step(index, y):
-        start = tiles.starts[index]
+        start = parts.rows[index]
         part = lax.dynamic_slice_in_dim(padded, start, tile)
-        matrix = lax.dynamic_index_in_dim(w, tiles.groups[index], keepdims=False).astype(x.dtype)
+        matrix = lax.dynamic_index_in_dim(w, parts.groups[index], keepdims=False).astype(x.dtype)
         product = lax.dot_general(part, matrix, contraction, preferred_element_type=wide)
         return lax.dynamic_update_slice_in_dim(y, product.astype(x.dtype), start, 0)
 
-    y = lax.fori_loop(0, tiles.count, step, jnp.zeros((rows + tile, outputs), x.dtype))[:rows]
-    return jnp.where((jnp.arange(rows) < tiles.ends[-1])[:, None], y, 0)
+    y = lax.fori_loop(0, parts.count, step, jnp.zeros((rows + tile, outputs), x.dtype))[:rows]
+    return jnp.where((jnp.arange(rows) < jnp.sum(group_sizes))[:, None], y, 0)
 
 
-def _weight_gradient(x, dy, w, tiles, tile):
+def _weight_gradient(tile, x, dy, w, group_sizes):
     """[E,K,N] in w's dtype: of each group, its rows' outer products with dy, summed in float32."""
     wide = jnp.promote_types(jnp.promote_types(x.dtype, w.dtype), jnp.float32)
-    x, dy = _padded(x, tile), _padded(dy.astype(x.dtype), tile)
+    parts = tiles(tile, x.shape[0], group_sizes)
+    x, dy = _padded(x, tile), _padded(dy, tile)
 
     def step(index, dw):
-        start, group = tiles.starts[index], tiles.groups[index]
-        own = (start + jnp.arange(tile) < tiles.ends[index])[:, None]
+        start, group = parts.rows[index], parts.groups[index]
+        own = (start + jnp.arange(tile) < parts.ends[index])[:, None]
         part, pull = (jnp.where(own, lax.dynamic_slice_in_dim(rows, start, tile), 0) for rows in (x, dy))
         # XLA on CPUs is slow at products that contract the rows of the left operand: the transpose is made first.
         turned = lax.optimization_barrier(part.T) if jax.default_backend() == "cpu" else part.T
         total = lax.dynamic_index_in_dim(dw, group) + jnp.matmul(turned, pull, preferred_element_type=wide)[None]
         return lax.dynamic_update_slice_in_dim(dw, total, group, 0)
 
-    return lax.fori_loop(0, tiles.count, step, jnp.zeros(w.shape, wide)).astype(w.dtype)
+    return lax.fori_loop(0, parts.count, step, jnp.zeros(w.shape, wide)).astype(w.dtype)
