@@ -101,8 +101,10 @@ def compile_ahead(
         mesh: of devices of that topology.
         options: of `jax.jit`.
     """
+    ambient = contextlib.nullcontext()
     if mesh is None:
         mesh = Mesh(np.asarray(devices(topology)[:1]), ("device",))
+        ambient = jax.sharding.use_abstract_mesh(mesh.abstract_mesh)  # tells Mosaic which TPU it compiles for
     whole = NamedSharding(mesh, P())
 
     def placed(value):
@@ -110,7 +112,7 @@ def compile_ahead(
 
     arguments = jax.tree.map(placed, tuple(arguments))
     target = of_device(mesh.devices.flat[0])
-    with tempfile.TemporaryDirectory() as folder, _reports_in(folder), compiling_for(target):
+    with tempfile.TemporaryDirectory() as folder, _reports_in(folder), compiling_for(target), ambient:
         program = jax.jit(function, **options).lower(*arguments).compile()
         kernels = [_read(report) for report in sorted(Path(folder).glob("*.ptxas"))]
     memory = program.memory_analysis()

@@ -45,22 +45,35 @@ class Visibility:
     def mask(self, queries_last: bool = False) -> jax.Array | None:
         """Bool [1|B, T, S], or [1|B, S, T]: true where the query sees the key. None if every query sees every key."""
         query_axis, key_axis = (1, 2) if queries_last else (2, 1)
-        query, key = jnp.expand_dims(self.query_positions, query_axis), jnp.expand_dims(self.key_positions, key_axis)
+
+        def along(values, axis):
+            return None if values is None else jnp.expand_dims(values, axis)
+
+        return self.sees(
+            along(self.query_positions, query_axis),
+            along(self.key_positions, key_axis),
+            along(self.key_ranks, key_axis),
+            along(self.prefix_length, (1, 2)),
+            along(self.segment_ids, query_axis),
+            along(self.key_segment_ids, key_axis),
+        )
+
+    def sees(self, query, key, rank, prefix, query_document, key_document) -> jax.Array | None:
+        """Whether queries see keys, given what this class holds of them, in shapes that broadcast; prefix and documents
+        may be None. None if every query sees every key."""
         seen = None
         if self.window is not None:
             seen = query - key < self.window
             if not self.causal:
                 seen &= key - query < self.window
             if self.kept:
-                seen |= jnp.expand_dims(self.key_ranks, key_axis) < self.kept
+                seen |= rank < self.kept
         if self.causal:
             seen = _both(seen, key <= query)
-        if seen is not None and self.prefix_length is not None:
-            seen |= key < self.prefix_length[:, None, None]
-        if self.segment_ids is not None:
-            documents = jnp.expand_dims(self.key_segment_ids, key_axis)
-            same = jnp.expand_dims(self.segment_ids, query_axis) == documents
-            seen = _both(seen, same & (documents != 0))
+        if seen is not None and prefix is not None:
+            seen |= key < prefix
+        if query_document is not None:
+            seen = _both(seen, (query_document == key_document) & (key_document != 0))
         return seen
 
     def take(self, queries: Piece, keys: Sequence[Piece]) -> "Visibility":
