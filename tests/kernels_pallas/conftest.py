@@ -54,6 +54,20 @@ def error() -> Callable[..., float]:
 
 
 @pytest.fixture(scope="session")
+def bound() -> Callable[..., float]:
+    """``bound(name, dtype, decays)`` → the largest `error` of an entry of `results` of a kernel without tensor cores,
+    for inputs of that dtype; `decays` names the inputs that act as decays."""
+
+    def largest(name: str, dtype, decays=()) -> float:
+        exact = jnp.dtype(dtype).itemsize >= 4
+        if not name.startswith("d"):
+            return 1e-5 if exact else 5e-3
+        return 1e-4 if exact else 2e-2 if name[1:] in decays else 8e-3
+
+    return largest
+
+
+@pytest.fixture(scope="session")
 def lowered_for_hopper() -> Callable[..., str]:
     """``lowered_for_hopper(function, *arguments)`` → the program for an H200: layouts, shared memory, primitives."""
     allowed = [export.DisabledSafetyCheck.custom_call(name) for name in ("mosaic_gpu_v2", "mosaic_gpu")]
