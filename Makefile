@@ -1,5 +1,5 @@
 # make train: the environment, then the quickstart, and the smaller models inside it as runs of their own.
-# make test: the environment, then the tests.
+# make test: the environment, then the tests. make test-all: the slow ones too, and those that compile for accelerators.
 # The environment is .venv, made from requirements.lock once and again when that file or pyproject.toml changes.
 # For an accelerator, after `make env`:  .venv/bin/uv pip install -c requirements.lock -e '.[cuda]'   (or '.[tpu]')
 
@@ -10,7 +10,7 @@ STAMP := .venv/.installed
 PYTEST := $(BIN)/python -m pytest -n 2
 SIZES := 0.5 0.25 0.125
 
-.PHONY: train test test-all lint format env lock clean
+.PHONY: train test test-all ahead lint format env lock clean
 
 # What was extracted before stays as it is; what was stopped before it had a checkpoint is extracted anew.
 train: env
@@ -25,8 +25,17 @@ train: env
 test: env
 	$(PYTEST) -m "not slow"
 
-test-all: env
-	$(PYTEST)
+# Also what compiles for TPUs and GPUs that are not there: the tests alone see the compilers, for with them on its path
+# JAX looks for a TPU whenever it starts.
+test-all: env .ahead/.installed
+	PYTHONPATH=.ahead $(PYTEST)
+
+ahead: .ahead/.installed
+
+.ahead/.installed: requirements.ahead.lock | env
+	@echo "Installing compilers for TPUs and Hopper GPUs (1.4 GB) ..."
+	@$(BIN)/python -m pip install --quiet --no-compile --no-deps --require-hashes --upgrade --target .ahead -r requirements.ahead.lock
+	@touch $@
 
 lint: env
 	$(BIN)/ruff check .
@@ -62,7 +71,11 @@ $(STAMP): requirements.lock pyproject.toml | .venv/bin/python
 lock:
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.12 --extra dev --generate-hashes --no-annotate --no-header \
 		--no-emit-index-url --upgrade --constraint <(echo jax==0.11.2) --output-file requirements.lock pyproject.toml
+	$(BIN)/uv pip compile --python-platform x86_64-manylinux_2_31 --python-version 3.12 --extra ahead --generate-hashes \
+		--no-annotate --no-header --no-emit-index-url --upgrade --constraint requirements.lock \
+		--constraint <(printf "jax-cuda13-plugin==0.11.2\nlibtpu==0.0.48.1\n") pyproject.toml \
+		| awk '/^[^ ]/ { keep = /^(libtpu|jax-cuda13|nvidia)/ } keep' > requirements.ahead.lock
 
 clean:
-	rm -rf .venv .pytest_cache .ruff_cache build dist
+	rm -rf .venv .ahead .pytest_cache .ruff_cache build dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
