@@ -2,18 +2,20 @@
 
 import math
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from efficient_lm.config import RunConfig
 from efficient_lm.elastic.nested import nested_models
 from efficient_lm.elastic.nesting import NoNestingSpec
 from efficient_lm.models.language_model import LanguageModel
 from efficient_lm.models.parameters import count_parameters, decay_mask, parameter_table
+from efficient_lm.objectives.base import Batch
 from efficient_lm.training.freezing import for_trained, trainable
-from efficient_lm.training.step import abstract_state, make_step
+from efficient_lm.training.parallelism import Layout
+from efficient_lm.training.step import State, abstract_state, make_step
 from kernels_pallas.dispatch import preferring
 
 
@@ -31,6 +33,21 @@ def parameters_by_part(model: LanguageModel) -> dict[str, int]:
     return dict(counts)
 
 
+def abstract_step(config: RunConfig, model: LanguageModel, layout: Layout) -> tuple[Callable, State, Batch]:
+    """The training step of a config, to be jitted with its state donated, and the shapes of its state and batch."""
+    train = config.train
+    model.check_length(train.sequence_length, "train.sequence_length")
+    layout.check_batch(train.batch_size, train.accumulate)
+    layout.check_experts(config.model)
+    schedule = config.schedule.build(config.optimizer.learning_rate, train.steps)
+    chosen = trainable(model.declarations, train.only, train.freeze, train.frozen_experts)
+    optimizer = for_trained(config.optimizer.build(schedule, decay_mask(model.declarations)), chosen)
+    options = {"accumulate": train.accumulate, "clip_norm": train.clip_norm, "dtype": config.precision.dtype}
+    step = make_step(model, config.objective, optimizer, **options, chosen=chosen, nesting=config.nesting)
+    batch = layout.abstract_batch(train.batch_size, train.sequence_length)
+    return step, abstract_state(model, optimizer, layout), batch
+
+
 def plan(config: RunConfig) -> dict[str, Any]:
     """Count a training run.
 
@@ -42,23 +59,11 @@ def plan(config: RunConfig) -> dict[str, Any]:
         sequence of `train.sequence_length` in the compute dtype.
     """
     model, train = config.model.build(), config.train
-    model.check_length(train.sequence_length, "train.sequence_length")
     layout = config.parallelism.build()
-    layout.check_batch(train.batch_size, train.accumulate)
-    layout.check_experts(config.model)
-    schedule = config.schedule.build(config.optimizer.learning_rate, train.steps)
-    chosen = trainable(model.declarations, train.only, train.freeze, train.frozen_experts)
-    optimizer = for_trained(config.optimizer.build(schedule, decay_mask(model.declarations)), chosen)
-    state = abstract_state(model, optimizer, layout)
-    shape = (train.batch_size, train.sequence_length)
-    integers = jax.ShapeDtypeStruct(shape, jnp.int32)
-    batch = dict.fromkeys(("tokens", "targets", "segment_ids", "positions"), integers)
-    batch["weights"] = jax.ShapeDtypeStruct(shape, jnp.float32)
-    options = {"accumulate": train.accumulate, "clip_norm": train.clip_norm, "dtype": config.precision.dtype}
-    options |= {"chosen": chosen, "nesting": config.nesting}
-    step = jax.jit(make_step(model, config.objective, optimizer, **options), donate_argnums=0)
+    step, state, batch = abstract_step(config, model, layout)
     with layout.active(), preferring(train.kernels):
-        memory = step.lower(state, batch).compile().memory_analysis()
+        memory = jax.jit(step, donate_argnums=0).lower(state, batch).compile().memory_analysis()
+    shape = batch["tokens"].shape
     parameters, gradients = _bytes(state["parameters"]), _bytes(state["parameters"])
     caches = jax.eval_shape(lambda: model.init_caches(1, train.sequence_length, config.precision.dtype))
     forward = model.flops_per_token(train.sequence_length)

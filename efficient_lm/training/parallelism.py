@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -94,6 +95,12 @@ class Layout:
         """Put this process's rows of a batch on its devices."""
         sharding = NamedSharding(self.mesh, P(self.batch_axes or None))
         return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in arrays.items()}
+
+    def abstract_batch(self, rows: int, length: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes, dtypes and shardings of a batch of text, over all processes."""
+        sharding = NamedSharding(self.mesh, P(self.batch_axes or None))
+        names = dict.fromkeys(("tokens", "targets", "segment_ids", "positions"), jnp.int32) | {"weights": jnp.float32}
+        return {name: jax.ShapeDtypeStruct((rows, length), dtype, sharding=sharding) for name, dtype in names.items()}
 
 
 def _sizes(mesh: dict[str, int], devices: int) -> dict[str, int]:

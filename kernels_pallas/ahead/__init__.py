@@ -5,6 +5,7 @@ no time and no numbers. Needs the packages of the extra `ahead`; the process its
 """
 
 import contextlib
+import importlib.util
 import os
 import re
 import tempfile
@@ -78,9 +79,19 @@ def devices(topology: str) -> Sequence[Any]:
         raise ValueError(
             f"topology {topology!r}: valid: {', '.join(GPUS)}, or TPUs such as v5e:2x2, v5p:2x2x1, v6e:2x2"
         )
+    _find_assembler()
     target = (HERE / f"{kind}.txtpb").read_text()
     shape = f"1x{shape or '1x1'}"
     return _described("jax-cuda13-plugin", topology_name="", platform="cuda", topology=shape, target_config=target)
+
+
+def _find_assembler() -> None:
+    """XLA looks for ptxas on the path alone; the wheels put it beside Python's packages."""
+    packages = importlib.util.find_spec("nvidia")
+    for place in packages.submodule_search_locations if packages else ():
+        tools = str(Path(place) / "cu13" / "bin")
+        if Path(tools).is_dir() and tools not in os.environ["PATH"].split(os.pathsep):
+            os.environ["PATH"] = tools + os.pathsep + os.environ["PATH"]
 
 
 def _described(package: str, topology_name: str, **options: str) -> Sequence[Any]:
