@@ -131,3 +131,20 @@ def product(shape: Sequence[int], sources: Callable, multiply: Callable, length,
         return stream.product(shape, 0, length, multiply)
 
     return pl.run_scoped(streamed, *slots, barrier(slots[0].shape[0]))
+
+
+def store(target, dtype, *parts: Callable[[], jax.Array]) -> None:
+    """Write a tile to global memory, given in equal parts [rows, columns] from left to right.
+
+    They are made one after the other, so that registers hold one at a time besides what they are made of.
+    """
+
+    def staged(buffer):
+        columns = buffer.shape[1] // len(parts)
+        for i, part in enumerate(parts):
+            buffer.at[:, pl.ds(i * columns, columns)][...] = part().astype(dtype)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(buffer, target)
+        plgpu.wait_smem_to_gmem(0)
+
+    pl.run_scoped(staged, tile(target.shape, dtype))

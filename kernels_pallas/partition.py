@@ -30,13 +30,16 @@ def divided(kind: str, sizes: Sequence[int]) -> tuple[str, ...]:
     return names if parts > 1 and all(size % parts == 0 for size in sizes) else ()
 
 
-def partitioned(run: Callable, arguments: Sequence, axes: Sequence[Axes], outputs: Sequence[Axes]):
+def partitioned(
+    run: Callable, arguments: Sequence, axes: Sequence[Axes], outputs: Sequence[Axes], summed: str | None = None
+):
     """``run(*arguments)`` on each device's part of the arguments, under the ambient mesh if there is one.
 
     Args:
         run: takes arrays (or None) and returns a tuple of arrays; each row, and each head, is treated by itself.
         axes, outputs: for each argument and each output the kind of its leading axes, as in
             ``("batch", None, "heads")``; an axis that the mesh does not divide evenly, in any of them, stays whole.
+        summed: the kind of axis that outputs are sums over.
     """
     pairs = [(value, kinds) for value, kinds in zip(arguments, axes, strict=True) if value is not None]
     names = {}
@@ -55,7 +58,8 @@ def partitioned(run: Callable, arguments: Sequence, axes: Sequence[Axes], output
         given = list(arguments)
         for i, value in zip(present, values, strict=True):
             given[i] = value
-        return run(*given)
+        parts = run(*given)
+        return jax.lax.psum(parts, names[summed]) if summed and names[summed] else parts
 
     over = jax.shard_map(
         local, in_specs=tuple(spec(axes[i]) for i in present), out_specs=tuple(map(spec, outputs)), check_vma=False

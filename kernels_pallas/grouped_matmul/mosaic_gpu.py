@@ -26,6 +26,7 @@ from kernels_pallas.hopper import (
     position,
     product,
     steps,
+    store,
     tile,
 )
 
@@ -98,7 +99,7 @@ def _products(options, x, w, group_sizes, transposed: bool):
 
         @pl.when(own == tall)
         def _():
-            pl.run_scoped(lambda y_s: _store(y, y_s, y_g.at[pl.ds(first, tall), span]), tile((tall, wide), x.dtype))
+            store(y_g.at[pl.ds(first, tall), span], y.dtype, lambda: y)
 
         @pl.when(own < tall)
         def _():
@@ -115,13 +116,6 @@ def _products(options, x, w, group_sizes, transposed: bool):
         kernel_name="grouped_matmul_transposed" if transposed else "grouped_matmul",
     )(places, left, right)
     return y[:rows, :outputs]
-
-
-def _store(values, staged, target) -> None:
-    staged[...] = values
-    plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(staged, target)
-    plgpu.wait_smem_to_gmem(0)
 
 
 def _store_pieces(values, staged, target, first, before, own) -> None:
@@ -179,8 +173,8 @@ def _weight_gradient(options, x, dy, w, group_sizes):
             plgpu.wgmma(acc, left.transpose((1, 0)), right)
 
         slots = [tile((stages, CONTRACTION, wide), left_g.dtype)] * 2
-        dw = product((wide, wide), sources, multiply, steps(left_g, CONTRACTION) * passes, slots).astype(w.dtype)
-        pl.run_scoped(lambda dw_s: _store(dw, dw_s, dw_g.at[group, *spans]), tile((wide, wide), w.dtype))
+        dw = product((wide, wide), sources, multiply, steps(left_g, CONTRACTION) * passes, slots)
+        store(dw_g.at[group, *spans], w.dtype, lambda: dw)
 
     dw = plgpu.kernel(
         body,

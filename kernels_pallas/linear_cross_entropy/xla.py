@@ -11,19 +11,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from kernels_pallas.linear_cross_entropy.tokens import Tokens, capped, pulled, total, weight_gradient
+
 
 class _Options(NamedTuple):
     z_loss: float
     softcap: float | None
     chunk: int
-
-
-class _Tokens(NamedTuple):
-    """Of every token, [N]: cross entropy, log-normaliser, and whether the label has the largest logit."""
-
-    losses: jax.Array
-    normalisers: jax.Array
-    hits: jax.Array
 
 
 def default_chunk(tokens: int, vocabulary: int, backend: str) -> int:
@@ -54,13 +48,13 @@ def _sums(options, x, w, labels, weights):
         logits, _ = _logits(options, part[0], head)
         return None, _measure(logits, part[1])
 
-    return _total(_for_chunks(options, step, None, (x, labels))[1], weights)
+    return total(_for_chunks(options, step, None, (x, labels))[1], weights)
 
 
 def _forward(options, x, w, labels, weights):
     coefficients = weights, options.z_loss * weights
     tokens, dx, dw = _with_gradient(options, x, w, labels, *coefficients)
-    return _total(tokens, weights), (x, w, labels, weights, tokens, dx, dw)
+    return total(tokens, weights), (x, w, labels, weights, tokens, dx, dw)
 
 
 def _backward(options, residuals, cotangents):
@@ -74,8 +68,7 @@ def _backward(options, residuals, cotangents):
         return _with_gradient(options, x, w, labels, dloss * weights, dsquares * weights)[1:]
 
     dx, dw = jax.lax.cond(dsquares == options.z_loss * dloss, stored, recomputed)
-    dweights = dloss * tokens.losses + dsquares * tokens.normalisers**2
-    return dx, dw, None, dweights.astype(weights.dtype)
+    return dx, dw, None, weight_gradient(tokens, dloss, dsquares).astype(weights.dtype)
 
 
 _sums.defvjp(_forward, _backward)
@@ -90,9 +83,8 @@ def _with_gradient(options, x, w, labels, loss_weights, square_weights):
         logits, slope = _logits(options, x, head)
         tokens = _measure(logits, labels)
         pull = (loss_weights + 2 * square_weights * tokens.normalisers)[:, None]
-        dlogits = pull * jnp.exp(logits - tokens.normalisers[:, None])
-        dlogits = (dlogits - jnp.where(_is_label(logits, labels), loss_weights[:, None], 0)) * slope
-        dlogits = dlogits.astype(x.dtype)
+        at_label = jnp.where(_is_label(logits, labels), loss_weights[:, None], 0)
+        dlogits = pulled(logits, slope, tokens.normalisers[:, None], pull, at_label).astype(x.dtype)
         # XLA's CPU matmul is half as fast when it contracts the rows of its left operand; the barrier prevents it.
         turned = jax.lax.optimization_barrier(x.T)
         dw += jnp.matmul(turned, dlogits, preferred_element_type=dw.dtype)
@@ -106,27 +98,19 @@ def _with_gradient(options, x, w, labels, loss_weights, square_weights):
 
 def _logits(options, x, head):
     """Float32 logits [n, V], and their slope in the products of x and head."""
-    logits = jnp.matmul(x, head, preferred_element_type=jnp.promote_types(x.dtype, jnp.float32))
-    if options.softcap is None:
-        return logits, 1
-    cap = jnp.tanh(logits / options.softcap)
-    return options.softcap * cap, 1 - cap**2
+    products = jnp.matmul(x, head, preferred_element_type=jnp.promote_types(x.dtype, jnp.float32))
+    return capped(products, options.softcap)
 
 
-def _measure(logits, labels) -> _Tokens:
+def _measure(logits, labels) -> Tokens:
     largest = jnp.max(logits, axis=-1)
     normalisers = largest + jnp.log(jnp.sum(jnp.exp(logits - largest[:, None]), axis=-1))
     picked = jnp.take_along_axis(logits, labels[:, None], axis=-1, mode="clip")[:, 0]
-    return _Tokens(normalisers - picked, normalisers, picked >= largest)
+    return Tokens(normalisers - picked, normalisers, picked >= largest)
 
 
 def _is_label(logits, labels):
     return labels[:, None] == jnp.arange(logits.shape[1], dtype=labels.dtype)
-
-
-def _total(tokens: _Tokens, weights):
-    losses, squares = jnp.sum(weights * tokens.losses), jnp.sum(weights * tokens.normalisers**2)
-    return losses, squares, jnp.sum(weights * tokens.hits)
 
 
 def _for_chunks(options, step, carry, values):

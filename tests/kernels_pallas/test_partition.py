@@ -46,3 +46,41 @@ FOUR_DEVICES = """
 
 def test_each_device_has_its_part(on_devices):
     assert on_devices(4, FOUR_DEVICES) == "equal"
+
+
+SUMS_ON_FOUR_DEVICES = """
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    from jax.sharding import Mesh
+
+    from kernels_pallas.partition import partitioned
+
+    seen = []
+
+    def run(x, w):
+        seen.append((x.shape, w.shape))
+        return jnp.sum((x @ w) ** 2), jnp.sum(x)
+
+    def loss(x, w):
+        square, total = partitioned(run, (x, w), (("batch",), ()), ((), ()), summed="batch")
+        return square + total**2
+
+    def gradients(rows):
+        x, w = (np.random.default_rng(0).normal(size=shape) for shape in ((rows, 3), (3, 2)))
+        return jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(jnp.asarray(x), jnp.asarray(w))
+
+    wanted = [gradients(8), gradients(7)]
+    seen.clear()
+    mesh = Mesh(np.array(jax.devices()).reshape(2, 2), ("data", "fsdp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    with jax.set_mesh(mesh):
+        got = [gradients(8), gradients(7)]
+    assert set(seen) == {((2, 3), (3, 2)), ((7, 3), (3, 2))}, seen
+    for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
+    print("equal")
+"""
+
+
+def test_sums_over_rows_are_of_all_devices(on_devices):
+    assert on_devices(4, SUMS_ON_FOUR_DEVICES) == "equal"
