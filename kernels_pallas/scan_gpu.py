@@ -14,6 +14,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from kernels_pallas.hopper import interpreted
+
 LOG2E = math.log2(math.e)
 RESET = -1e30
 """Added to the exponent of a decay where a document starts: exp2 of the sum is 0."""
@@ -55,7 +57,7 @@ def launch(
         grid=tuple(grid.values()),
         grid_names=tuple(grid),
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
-        interpret=plgpu.InterpretGPUParams(detect_races=True) if simulated else None,
+        interpret=interpreted(simulated),
     )(*(inputs[name] for name in given))
     return dict.fromkeys(outputs) | dict(zip(made, results, strict=True))
 
@@ -74,42 +76,82 @@ def exp2(x: jax.Array, layout, *, simulated: bool) -> jax.Array:
 
 
 class Stream:
-    """Chunk after chunk of some arrays, loaded into two buffers in turn while the chunk before is worked on."""
+    """Chunk after chunk of a span of some arrays, loaded into two buffers in turn while the one before is worked on.
 
-    def __init__(self, sources, buffers, barriers, count):
-        """sources: functions of the number of the step, giving the part of an array to load; buffers: [2, ...] each.
-        count: of steps, at least 1."""
-        self.parts = [(s, b) for s, b in zip(sources, buffers, strict=True) if b is not None]
-        self.barriers, self.count = barriers, count
+    An array NAME is [B,T], [B,T,...] or [B,T,G,...] with rank 4, of whose G groups of channels a block has its own; its
+    buffers are NAME_, see `buffers`.
+    """
 
-    @staticmethod
-    def scratch(buffers: Mapping[str, tuple | None]) -> dict[str, object]:
-        """Scratch of a stream: shape and dtype of what each step loads, by name; and "barriers"."""
-        held = {name: b and plgpu.SMEM((_STAGES, *b[0]), b[1]) for name, b in buffers.items()}
-        arrivals = sum(b is not None for b in buffers.values())
-        return held | {"barriers": plgpu.Barrier(num_arrivals=arrivals, num_barriers=_STAGES)}
+    def __init__(self, plan, references: SimpleNamespace, *names: str, reverse: bool = False):
+        """plan: with `chunk` tokens, `length` chunks in a span, and `here()`: this block's row, groups and span.
+        reverse: from the last chunk on."""
+        every = [(getattr(references, name), getattr(references, f"{name}_")) for name in names]
+        self.pairs = [pair for pair in every if pair[0] is not None]
+        self.plan, self.reverse, self.barriers = plan, reverse, references.barriers
 
     def start(self):
-        """Begin to load the first steps."""
-        for step in range(min(_STAGES, self.count)):
+        """Begin to load the first chunks."""
+        for step in range(min(_STAGES, self.plan.length)):
             self._fetch(step, step)
 
+    def chunk(self, step):
+        """The number of the step's chunk in its row."""
+        length = self.plan.length
+        return self.plan.here()[2] * length + (length - 1 - step if self.reverse else step)
+
+    def tokens(self, step):
+        """The tokens of the step's chunk in its row."""
+        return pl.ds(self.chunk(step) * self.plan.chunk, self.plan.chunk)
+
     def wait(self, step) -> jax.Array:
-        """The place of this step's chunk in the buffers, once it is there."""
+        """The place of the step's chunk in the buffers, once it is there."""
         slot = jax.lax.rem(step, _STAGES)
         plgpu.barrier_wait(self.barriers.at[slot])
         return slot
 
     def release(self, step):
-        """Begin to load over this step's chunk, which all warps have read: call `commit_smem` before."""
+        """Begin to load over the step's chunk, which all warps have read: call `commit_smem` before."""
 
-        @pl.when(step + _STAGES < self.count)
+        @pl.when(step + _STAGES < self.plan.length)
         def _():
             self._fetch(step + _STAGES, jax.lax.rem(step, _STAGES))
 
     def _fetch(self, step, slot):
-        for source, buffer in self.parts:
-            plgpu.copy_gmem_to_smem(source(step), buffer.at[slot], self.barriers.at[slot])
+        row, groups, _ = self.plan.here()
+        for array, buffer in self.pairs:
+            part = (row, self.tokens(step), groups)[: 3 if len(array.shape) == 4 else 2]
+            plgpu.copy_gmem_to_smem(array.at[part], buffer.at[slot], self.barriers.at[slot])
+
+
+def buffers(plan, **arrays: jax.Array | None) -> dict[str, object]:
+    """Scratch of a `Stream` of these arrays. plan: see there; and `own`, the shape of a block's channels."""
+
+    def memory(value):
+        if value is None:
+            return None
+        return plgpu.SMEM((_STAGES, plan.chunk, *(plan.own if value.ndim == 4 else value.shape[2:])), value.dtype)
+
+    arrivals = sum(value is not None for value in arrays.values())
+    barriers = plgpu.Barrier(num_arrivals=arrivals, num_barriers=_STAGES)
+    return {f"{name}_": memory(value) for name, value in arrays.items()} | {"barriers": barriers}
+
+
+def fold_tokens(count: int, token: Callable, carry, *, unrolled: int = 4):
+    """Fold ``carry = token(t, carry)`` over `count` tokens, a multiple of `unrolled`."""
+
+    def some(i, carry):
+        for j in range(unrolled):
+            carry = token(i * unrolled + j, carry)
+        return carry
+
+    return jax.lax.fori_loop(0, count // unrolled, some, carry)
+
+
+def cut(time: int, chunk: int, count: int) -> tuple[int, int]:
+    """Chunks of a span, and spans, for about `count` spans."""
+    chunks = -(-time // chunk)
+    length = -(-chunks // min(count, chunks))
+    return length, -(-chunks // length)
 
 
 def spans(blocks: int, chunks: int) -> int:

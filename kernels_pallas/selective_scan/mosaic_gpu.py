@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas.dispatch import unfit
-from kernels_pallas.scan_gpu import LOG2E, RESET, SHARED_BYTES, entering, fill, spans
+from kernels_pallas.scan_gpu import LOG2E, RESET, SHARED_BYTES, cut, entering, fill, spans
 from kernels_pallas.selective_scan import mosaic_gpu_backward, mosaic_gpu_forward, reference
 from kernels_pallas.selective_scan.mosaic_gpu_plan import WARPS, Plan, width
 
@@ -51,10 +51,8 @@ def _planned(u, dt, B, blocks, simulated) -> Plan:
     part, states = blocks["part"], _states(B)
     group = WARPS * width(states)
     chunk = max(8, min(blocks["chunk"], SHARED_BYTES // _token_bytes(u, dt, group, states, part)) // 8 * 8)
-    chunks = -(-time // chunk)
-    length = -(-chunks // min(blocks["spans"], chunks))
     groups = -(-channels // group) * WARPS
-    return Plan(batch, groups, states, chunk, part, length, -(-chunks // length), simulated)
+    return Plan(batch, groups, states, chunk, part, *cut(time, chunk, blocks["spans"]), simulated)
 
 
 def _token_bytes(u, dt, group, states, part) -> int:

@@ -13,8 +13,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels_pallas.scan_gpu import launch
-from kernels_pallas.selective_scan.mosaic_gpu_forward import scratch, stream
+from kernels_pallas.scan_gpu import Stream, buffers, launch
 from kernels_pallas.selective_scan.mosaic_gpu_plan import WARPS, Plan
 
 _LN2 = math.log(2)
@@ -30,24 +29,20 @@ def gradients(plan: Plan, u, dt, projections, marks, A, D, states, dy, entering)
 
     def selective_scan_backward(r):
         row, groups, span = plan.here()
-        names = "u", "dt", "dy", "projections", "marks"
-        chunks = stream(plan, r, [(getattr(r, n), getattr(r, f"{n}_")) for n in names], reverse=True)
-        chunks.start()
+        stream = Stream(plan, r, "u", "dt", "dy", "projections", "marks", reverse=True)
+        stream.start()
         A, D = plan.load(r.A.at[groups]), plan.channel(r.D.at[groups])
 
         def step(index, sums):
-            chunk = span * plan.length + plan.length - 1 - index
-            before = plan.load(r.states.at[row, chunk, groups])
-            slot = chunks.wait(index)
-            current = _Chunk(plan, r, slot, A, D)
+            before, tokens = plan.load(r.states.at[row, stream.chunk(index), groups]), stream.tokens(index)
+            current = _Chunk(plan, r, stream.wait(index), A, D)
             current.advance(before)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             sums = jax.lax.fori_loop(0, plan.chunk // plan.part, current.part, sums)
             plgpu.commit_smem()
-            tokens = pl.ds(chunk * plan.chunk, plan.chunk)
             plgpu.copy_smem_to_gmem(r.du_, r.du.at[row, tokens, groups])
             plgpu.copy_smem_to_gmem(r.ddt_, r.ddt.at[row, tokens, groups])
-            chunks.release(index)
+            stream.release(index)
             dprojections = sum((r.dprojections_[warp] for warp in range(1, WARPS)), r.dprojections_[0])
             r.dprojections.at[jax.lax.axis_index("group"), row, tokens][...] = dprojections
             return sums
@@ -64,7 +59,7 @@ def gradients(plan: Plan, u, dt, projections, marks, A, D, states, dy, entering)
     def like(value, *shape):
         return jax.ShapeDtypeStruct(shape or value.shape, value.dtype)
 
-    chunk = plan.chunk, WARPS, plan.width
+    chunk = plan.chunk, *plan.own
     streamed = {"u": u, "dt": dt, "dy": dy, "projections": projections, "marks": marks}
     sums = plan.groups // WARPS, *projections.shape
     return launch(
@@ -78,7 +73,7 @@ def gradients(plan: Plan, u, dt, projections, marks, A, D, states, dy, entering)
             "dD": like(D, *entering.shape[:2], *D.shape),
             "leaving": like(entering),
         },
-        scratch(plan, **streamed)
+        buffers(plan, **streamed)
         | {
             "du_": plgpu.SMEM(chunk, u.dtype),
             "ddt_": plgpu.SMEM(chunk, dt.dtype),

@@ -10,10 +10,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels_pallas.scan_gpu import Stream, launch
-from kernels_pallas.selective_scan.mosaic_gpu_plan import WARPS, Plan
-
-_UNROLLED = 4
+from kernels_pallas.scan_gpu import Stream, buffers, fold_tokens, launch
+from kernels_pallas.selective_scan.mosaic_gpu_plan import Plan
 
 
 def scan(plan: Plan, u, dt, projections, marks, A, D, entering, *, keep: bool):
@@ -26,14 +24,14 @@ def scan(plan: Plan, u, dt, projections, marks, A, D, entering, *, keep: bool):
 
     def selective_scan_forward(r):
         row, groups, span = plan.here()
-        stream = _stream(plan, r, ("u", "dt", "projections", "marks"))
+        stream = Stream(plan, r, "u", "dt", "projections", "marks")
         stream.start()
         A, D = plan.load(r.A.at[groups]), plan.channel(r.D.at[groups])
 
         def step(index, h):
-            slot, chunk = stream.wait(index), span * plan.length + index
+            slot = stream.wait(index)
             if keep:
-                r.states.at[row, chunk, groups][...] = h
+                r.states.at[row, stream.chunk(index), groups][...] = h
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
             def token(t, h):
@@ -44,9 +42,9 @@ def scan(plan: Plan, u, dt, projections, marks, A, D, entering, *, keep: bool):
                 r.y_.at[t][...] = (jnp.sum(h * C, axis=1) + D * u).astype(r.y_.dtype)
                 return h
 
-            h = _tokens(plan, token, h)
+            h = fold_tokens(plan.chunk, token, h)
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(r.y_, r.y.at[row, pl.ds(chunk * plan.chunk, plan.chunk), groups])
+            plgpu.copy_smem_to_gmem(r.y_, r.y.at[row, stream.tokens(index), groups])
             stream.release(index)
             return h
 
@@ -65,8 +63,8 @@ def scan(plan: Plan, u, dt, projections, marks, A, D, entering, *, keep: bool):
             "states": jax.ShapeDtypeStruct(kept, jnp.float32) if keep else None,
             "ends": jax.ShapeDtypeStruct(entering.shape, jnp.float32),
         },
-        scratch(plan, u=u, dt=dt, projections=projections, marks=marks)
-        | {"y_": plgpu.SMEM((plan.chunk, WARPS, plan.width), u.dtype)},
+        buffers(plan, u=u, dt=dt, projections=projections, marks=marks)
+        | {"y_": plgpu.SMEM((plan.chunk, *plan.own), u.dtype)},
         plan.grid,
         simulated=plan.simulated,
     )
@@ -79,7 +77,7 @@ def ends(plan: Plan, v, dt, projections, marks, A, *, reverse: bool):
 
     def selective_scan_ends(r):
         row, groups, span = plan.here()
-        stream = _stream(plan, r, ("v", "dt", "projections", "marks"), reverse=reverse)
+        stream = Stream(plan, r, "v", "dt", "projections", "marks", reverse=reverse)
         stream.start()
         A = plan.load(r.A.at[groups])
 
@@ -96,7 +94,7 @@ def ends(plan: Plan, v, dt, projections, marks, A, *, reverse: bool):
                     return decay * (h + plan.spread(v) * projection)
                 return decay * h + plan.spread(dt * v) * projection
 
-            h = _tokens(plan, token, h)
+            h = fold_tokens(plan.chunk, token, h)
             plgpu.commit_smem()
             stream.release(index)
             return h
@@ -109,48 +107,7 @@ def ends(plan: Plan, v, dt, projections, marks, A, *, reverse: bool):
         selective_scan_ends,
         {"v": v, "dt": dt, "projections": projections, "marks": marks, "A": A},
         {"ends": jax.ShapeDtypeStruct(shape, jnp.float32)},
-        scratch(plan, v=v, dt=dt, projections=projections, marks=marks),
+        buffers(plan, v=v, dt=dt, projections=projections, marks=marks),
         plan.grid,
         simulated=plan.simulated,
     )["ends"]
-
-
-def scratch(plan: Plan, **arrays):
-    """Buffers `NAME_` for a chunk of each array [B,T,...], and their barriers; see `Stream`."""
-
-    def part(value):
-        if value is None:
-            return None
-        return (plan.chunk, *((WARPS, plan.width) if value.ndim == 4 else value.shape[2:])), value.dtype
-
-    return Stream.scratch({f"{name}_": part(value) for name, value in arrays.items()})
-
-
-def _stream(plan: Plan, r, names, *, reverse=False):
-    return stream(plan, r, [(getattr(r, name), getattr(r, f"{name}_")) for name in names], reverse=reverse)
-
-
-def stream(plan: Plan, r, pairs, *, reverse: bool):
-    """The chunks of this block's span, from the last one if `reverse`; pairs of arrays and their buffers."""
-    row, groups, span = plan.here()
-
-    def source(array):
-        def part(index):
-            chunk = span * plan.length + (plan.length - 1 - index if reverse else index)
-            tokens = pl.ds(chunk * plan.chunk, plan.chunk)
-            return array.at[row, tokens, groups] if len(array.shape) == 4 else array.at[row, tokens]
-
-        return part
-
-    return Stream([source(array) for array, _ in pairs], [b for _, b in pairs], r.barriers, plan.length)
-
-
-def _tokens(plan: Plan, token, h):
-    """Fold ``h = token(t, h)`` over the tokens of a chunk."""
-
-    def some(i, h):
-        for j in range(_UNROLLED):
-            h = token(i * _UNROLLED + j, h)
-        return h
-
-    return jax.lax.fori_loop(0, plan.chunk // _UNROLLED, some, h)

@@ -65,6 +65,11 @@ class Plan:
         return WARPS, self.states, self.width
 
     @property
+    def own(self) -> tuple[int, int]:
+        """Shape of a block's channels."""
+        return WARPS, self.width
+
+    @property
     def grid(self) -> dict[str, int]:
         """Blocks of the chip."""
         return {"row": self.batch, "group": self.groups // WARPS, "span": self.spans}

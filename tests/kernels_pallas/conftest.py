@@ -68,6 +68,19 @@ def bound() -> Callable[..., float]:
 
 
 @pytest.fixture(scope="session")
+def packed() -> Callable[..., jax.Array]:
+    """``packed(batch, time)`` → segment ids [batch, time], time at least 26: documents of one token and of many, over
+    the borders of chunks, with padding in front, inside, between two and behind."""
+
+    def ids(batch: int, time: int) -> jax.Array:
+        first = [0, 0, 3, 3, 0, 3, 1] + [2] * 13 + [0] * 3 + [7] * (time - 25) + [0] * 2
+        second = [4] * (time - 6) + [0, 5, 6, 6, 6, 6]
+        return jnp.asarray([(first, second)[row % 2] for row in range(batch)], jnp.int32)
+
+    return ids
+
+
+@pytest.fixture(scope="session")
 def lowered_for_hopper() -> Callable[..., str]:
     """``lowered_for_hopper(function, *arguments)`` → the program for an H200: layouts, shared memory, primitives."""
     allowed = [export.DisabledSafetyCheck.custom_call(name) for name in ("mosaic_gpu_v2", "mosaic_gpu")]

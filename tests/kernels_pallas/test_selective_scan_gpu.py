@@ -32,13 +32,6 @@ def inputs(batch, time, channels, states, dtype, steps="mixed"):
     return {name: jnp.asarray(value, dtype) for name, value in values.items()}
 
 
-def packed(batch, time):
-    """Rows of documents of one token and of many, over borders of chunks, with padding in front, inside and behind."""
-    rows = [[0, 0, 3, 3, 0, 3, 1] + [2] * 13 + [0] * 3 + [7] * (time - 25) + [0] * 2, [4] * (time - 6) + [0, 5, 6] * 2]
-    rows[1][-3:] = [6, 6, 6]
-    return jnp.asarray([rows[row % 2] for row in range(batch)], jnp.int32)
-
-
 @pytest.fixture
 def compared(results, monkeypatch):
     """``compared(values, segment_ids, spans, chunk)`` → results of the kernels in the interpreter, and of the
@@ -61,7 +54,7 @@ def test_one_row_of_odd_sizes(compared, error, bound, without_races):
     assert all(error(got[name], wanted[name]) < bound(name, jnp.float32) for name in wanted)
 
 
-def test_packed_rows_in_spans_in_bfloat16(compared, error, bound, without_races):
+def test_packed_rows_in_spans_in_bfloat16(compared, error, bound, packed, without_races):
     values = inputs(2, 37, 128, 5, jnp.bfloat16)
     got, wanted = compared(values, packed(2, 37), spans=2)
     assert all(error(got[name], wanted[name]) < bound(name, jnp.bfloat16, ("dt", "A")) for name in wanted)
@@ -76,7 +69,7 @@ def test_the_same_bits_twice(compared, without_races):
 @pytest.mark.slow
 @pytest.mark.parametrize("steps", STEPS)
 @pytest.mark.parametrize("ids", [False, True])
-def test_extreme_steps(compared, error, bound, without_races, steps, ids):
+def test_extreme_steps(compared, error, bound, packed, without_races, steps, ids):
     values = inputs(1, 40, 128, 16, jnp.float32, steps)
     got, wanted = compared(values, packed(1, 40) if ids else None, spans=2)
     assert all(error(got[name], wanted[name]) < bound(name, jnp.float32) for name in wanted)
@@ -93,7 +86,7 @@ def test_lengths_states_and_chunks(compared, error, bound, without_races, time, 
 
 
 @pytest.mark.slow
-def test_dtypes_may_differ_and_the_skip_be_missing(compared, error, bound, without_races):
+def test_dtypes_may_differ_and_the_skip_be_missing(compared, error, bound, packed, without_races):
     values = inputs(1, 24, 64, 16, jnp.bfloat16)
     del values["D"]
     values |= {name: values[name].astype(jnp.float32) for name in ("dt", "A", "initial_state")}
@@ -101,7 +94,7 @@ def test_dtypes_may_differ_and_the_skip_be_missing(compared, error, bound, witho
     assert all(error(got[name], wanted[name]) < bound(name, jnp.bfloat16, ("dt", "A")) for name in wanted)
 
 
-def test_padding_is_inert_and_silent(compared, without_races):
+def test_padding_is_inert_and_silent(packed, without_races):
     values, ids = inputs(1, 28, 32, 64, jnp.float32), packed(1, 28)
     poisoned = {
         name: jnp.where((ids == 0)[..., None], jnp.nan, value) if value.shape[:2] == ids.shape else value
