@@ -312,9 +312,10 @@ def _backward(plan, residuals, cotangents):
 fold.defvjp(_forward, _backward)
 
 
-def chunk_size(wanted: int, time: int) -> int:
-    """The nearest chunk that a kernel takes: whole tiles, and no longer than the row."""
-    return min(filled(wanted, TOKENS), filled(time, TOKENS))
+def chunk_size(wanted: int, time: int, *, power_of_two: bool = False) -> int:
+    """The chunk that a kernel takes for the wanted one: whole tiles, and not much longer than the row."""
+    size = min(filled(wanted, TOKENS), filled(time, TOKENS))
+    return 1 << (size - 1).bit_length() if power_of_two else size
 
 
 def filled(size: int, multiple: int) -> int:

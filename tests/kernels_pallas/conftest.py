@@ -18,6 +18,7 @@ def results() -> Callable[..., dict[str, np.ndarray]]:
     `function` takes the arrays of `values` by name; integers have no gradient. Every output counts in the sum, with
     weights that are the same for every function.
     """
+    quick = {"xla_backend_optimization_level": 0}  # compiling takes longer than running
 
     def run(function: Callable, values: Mapping[str, jax.Array]) -> dict[str, np.ndarray]:
         floats = {name: value for name, value in values.items() if jnp.issubdtype(value.dtype, jnp.inexact)}
@@ -33,7 +34,7 @@ def results() -> Callable[..., dict[str, np.ndarray]]:
             )
             return total, outputs
 
-        (_, outputs), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(floats)
+        (_, outputs), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=quick)(floats)
         named = {str(i): value for i, value in enumerate(outputs)}
         named |= {f"d{name}": value for name, value in gradients.items()}
         return {name: np.asarray(value, np.float64) for name, value in named.items()}

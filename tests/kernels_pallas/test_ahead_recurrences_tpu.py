@@ -48,6 +48,38 @@ CASES = {
     ),
     "RG-LRU 1.5B": ("linear_recurrence", "[number(2, 2048, 2560), array(2, 2048, 2560)]"),
     "RG-LRU, float32": ("linear_recurrence", "[number(2, 2000, 1000), number(2, 2000, 1000)]"),
+    "linear transformer": (
+        "linear_attention",
+        "[array(1, 4096, 16, 64), array(1, 4096, 16, 64), array(1, 4096, 16, 64)]",
+    ),
+    "Mamba-2 130M": (
+        "linear_attention",
+        "[array(4, 2048, 1, 128), array(4, 2048, 1, 128), array(4, 2048, 24, 64), number(4, 2048, 24)]",
+    ),
+    "RetNet 1.5B, float32": (
+        "linear_attention",
+        "[number(1, 2048, 8, 256), number(1, 2048, 8, 256), number(1, 2048, 8, 256), number(1, 2048, 8)]",
+    ),
+    "GLA 1.5B": (
+        "linear_attention",
+        "[array(1, 2048, 4, 256), array(1, 2048, 4, 256), array(1, 2048, 4, 256), number(1, 2048, 4, 256)]",
+    ),
+    "DeltaNet": (
+        "delta_rule",
+        "[array(1, 2048, 16, 128), array(1, 2048, 16, 128), array(1, 2048, 16, 128), array(1, 2048, 16)]",
+    ),
+    "gated DeltaNet 1.5B, float32": (
+        "delta_rule",
+        "[number(1, 2048, 4, 256), number(1, 2048, 4, 256), number(1, 2048, 4, 256), number(1, 2048, 4), "
+        "number(1, 2048, 4)]",
+    ),
+    "Kimi delta attention": (
+        "delta_rule",
+        "[array(1, 2048, 8, 128), array(1, 2048, 8, 128), array(1, 2048, 16, 128), array(1, 2048, 16), "
+        "number(1, 2048, 16, 128)]",
+    ),
+    "short convolution": ("short_convolution", "[array(4, 2048, 1792), array(4, 1792), array(1792)]"),
+    "short convolution, float32": ("short_convolution", "[number(1, 2000, 4096), number(11, 4096)]"),
 }
 
 
