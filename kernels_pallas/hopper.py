@@ -66,7 +66,7 @@ class Stream:
 
     Attributes:
         sources: of a step, the two tiles in global memory.
-        slots: the two buffers [stages, ...] in shared memory.
+        slots: the two buffers [stages, ...] in shared memory, of at least two stages.
         arrived: the barriers, one a slot.
         length: steps in all; a Python or a traced integer.
     """

@@ -23,17 +23,25 @@ def divided(kind: str, sizes: Sequence[int]) -> tuple[str, ...]:
 
     Inside of another `shard_map` nothing is left to divide.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    free = [name for name, of in zip(mesh.axis_names, mesh.axis_types, strict=True) if of != AxisType.Manual]
+    free = _free()
     names = tuple(name for name in MESH_AXES[kind] if name in free)
-    parts = math.prod(mesh.shape[name] for name in names)
+    parts = math.prod(free[name] for name in names)
     return names if parts > 1 and all(size % parts == 0 for size in sizes) else ()
+
+
+def _free() -> dict[str, int]:
+    """The axes of the ambient mesh that no `shard_map` around has divided yet, and their sizes."""
+    mesh = jax.sharding.get_abstract_mesh()
+    types = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return {name: mesh.shape[name] for name, of in types if of != AxisType.Manual}
 
 
 def partitioned(
     run: Callable, arguments: Sequence, axes: Sequence[Axes], outputs: Sequence[Axes], summed: str | None = None
 ):
     """``run(*arguments)`` on each device's part of the arguments, under the ambient mesh if there is one.
+
+    Where the mesh divides nothing every device runs all of it: XLA for TPUs refuses kernels outside of a `shard_map`.
 
     Args:
         run: takes arrays (or None) and returns a tuple of arrays; each row, and each head, is treated by itself.
@@ -46,7 +54,8 @@ def partitioned(
     for kind in MESH_AXES:
         sizes = [value.shape[i] for value, kinds in pairs for i, own in enumerate(kinds or ()) if own == kind]
         names[kind] = divided(kind, sizes) if sizes else ()
-    if not any(names.values()):
+    free = _free()
+    if math.prod(free.values()) == 1:
         return run(*arguments)
 
     def spec(kinds: Axes) -> P:
@@ -62,6 +71,10 @@ def partitioned(
         return jax.lax.psum(parts, names[summed]) if summed and names[summed] else parts
 
     over = jax.shard_map(
-        local, in_specs=tuple(spec(axes[i]) for i in present), out_specs=tuple(map(spec, outputs)), check_vma=False
+        local,
+        in_specs=tuple(spec(axes[i]) for i in present),
+        out_specs=tuple(map(spec, outputs)),
+        axis_names=frozenset(free),
+        check_vma=False,
     )
     return over(*(arguments[i] for i in present))

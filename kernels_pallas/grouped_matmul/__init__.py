@@ -1,5 +1,7 @@
 """Rows in groups, each group with a matrix of its own: the product in a dropless mixture of experts."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ from kernels_pallas import kernel, tuning
 from kernels_pallas.arguments import check_rank, check_shape, check_sign
 from kernels_pallas.dispatch import choose
 from kernels_pallas.grouped_matmul import reference, xla
+from kernels_pallas.partition import partitioned
 from kernels_pallas.target import current
 
 
@@ -27,7 +30,8 @@ def grouped_matmul(
             nearest that it can; changes no value. None: one that ran fast.
         implementation: "auto", "xla" (by tiles, memory independent of E besides w and its gradient), "pallas" (a
             kernel by tiles, on TPUs and Hopper GPUs) or "reference" (every row meets every matrix). Where a mesh
-            divides the rows the caller maps this function over them, as sizes are those of a device's own rows.
+            divides the rows the caller maps this function over them, with the sizes of a device's own rows: a kernel
+            that is called with rows of several devices runs with all of them on every one.
 
     Returns:
         [M, N] in x's dtype.
@@ -54,7 +58,8 @@ def grouped_matmul(
     if name == "pallas":
         held = kernel.module(op, target)
         blocks = tuning.blocks(op, target, shapes, held.heuristic(*inputs)) | ({} if tile is None else {"rows": tile})
-        return held.grouped_matmul(*inputs, blocks=blocks, simulated=target.simulated)
+        run = functools.partial(held.grouped_matmul, blocks=blocks, simulated=target.simulated)
+        return partitioned(lambda *inputs: (run(*inputs),), inputs, [()] * 3, [()])[0]
     if name == "reference":
         return reference.grouped_matmul(x, w, group_sizes)
     if tile is None:

@@ -49,7 +49,7 @@ def heuristic(x, w, group_sizes) -> dict[str, int]:
 def grouped_matmul(x, w, group_sizes, *, blocks: dict[str, int], simulated: bool):
     """x [M,K], w [E,K,N], group_sizes [E] → [M,N] in x's dtype; `rows` and `columns` of a tile are 64 or 128."""
     rows, columns = (64 if blocks[name] <= 64 else 128 for name in ("rows", "columns"))
-    options = rows, columns, blocks["stages"], simulated
+    options = rows, columns, max(2, blocks["stages"]), simulated
     return grouped(Products(_products, _weight_gradient, options), x, w, group_sizes)
 
 

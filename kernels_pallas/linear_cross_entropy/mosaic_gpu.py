@@ -55,7 +55,7 @@ def heuristic(x, w) -> dict[str, int]:
 
 def linear_cross_entropy(x, w, labels, weights, *, softcap: float | None, blocks: dict[str, int], simulated: bool):
     """Weighted sums of cross entropy, squared log-normaliser and hits; x [N,D], w [D,V], labels and weights [N]."""
-    options = 64 if blocks["rows"] <= 64 else 128, blocks["stages"], blocks["runs"], softcap, simulated
+    options = 64 if blocks["rows"] <= 64 else 128, max(2, blocks["stages"]), blocks["runs"], softcap, simulated
     parts = recomputed.parts(x.shape[0], blocks["chunk"])
     return recomputed.sums(recomputed.Kernels(_measure, _pull, options, parts), x, w, labels, weights)
 

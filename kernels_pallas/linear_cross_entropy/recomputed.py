@@ -19,11 +19,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from kernels_pallas.arguments import padded
 from kernels_pallas.linear_cross_entropy.tokens import Tokens, total, weight_gradient
 
 LANES = 128
-"""Parts of the vocabulary are multiples of this."""
+"""Parts of the vocabulary are multiples of this, unless there is one."""
 
 
 class Kernels(NamedTuple):
@@ -90,20 +89,24 @@ def _measured(kernels, x, w, labels) -> Tokens:
 
 
 def _gradients(kernels, x, w, labels, of_tokens):
-    """dx [N,D] in x's dtype and dw [D,V] in w's, a part of the vocabulary after the other."""
-    vocabulary = w.shape[1]
-    columns = -(-vocabulary // (LANES * kernels.parts)) * LANES
-    count = -(-vocabulary // columns)
-    head = padded(w.astype(x.dtype), (columns,))
+    """dx [N,D] in x's dtype and dw [D,V] in w's, a part of the vocabulary after the other.
 
-    def step(carry, start):
+    The last part begins early enough to be as large as the others. What it shares with the one before it is computed
+    twice, and counts in dx once.
+    """
+    vocabulary = w.shape[1]
+    columns = min(vocabulary, -(-vocabulary // (LANES * kernels.parts)) * LANES)
+
+    def step(carry, first):
         dx, dw = carry
-        part = lax.dynamic_slice_in_dim(head, start, columns, axis=1)
+        start = jnp.minimum(first, vocabulary - columns)
+        part = lax.dynamic_slice_in_dim(w, start, columns, axis=1).astype(x.dtype)
         dz = kernels.pull(kernels.options, x, part, labels.astype(jnp.int32) - start, of_tokens)
-        dx += jnp.matmul(dz, part.T, preferred_element_type=jnp.float32)
+        new = jnp.where(jnp.arange(columns) >= first - start, part, 0) if vocabulary % columns else part
+        dx += jnp.matmul(dz, new.T, preferred_element_type=jnp.float32)
         rows = jnp.matmul(x.T, dz, preferred_element_type=jnp.float32).astype(w.dtype)
         return (dx, lax.dynamic_update_slice_in_dim(dw, rows, start, axis=1)), None
 
-    zeros = jnp.zeros(x.shape, jnp.float32), jnp.zeros(head.shape, w.dtype)
-    (dx, dw), _ = lax.scan(step, zeros, jnp.arange(count, dtype=jnp.int32) * columns)
-    return dx.astype(x.dtype), dw[:, :vocabulary]
+    zeros = jnp.zeros(x.shape, jnp.float32), jnp.zeros(w.shape, w.dtype)
+    (dx, dw), _ = lax.scan(step, zeros, jnp.arange(0, vocabulary, columns, dtype=jnp.int32))
+    return dx.astype(x.dtype), dw
