@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels_pallas.attention import tiles
 from kernels_pallas.attention.mosaic_gpu_backward import keys_backward, queries_backward
 from kernels_pallas.attention.mosaic_gpu_forward import forward
 from kernels_pallas.attention.mosaic_gpu_tiles import TILE, Options
 from kernels_pallas.attention.reference import NOTHING
 from kernels_pallas.attention.visibility import Visibility
+from kernels_pallas.attention.visits import stretches, tiles
 from kernels_pallas.dispatch import unfit
 
 _LOG2E = math.log2(math.e)
@@ -54,11 +54,9 @@ def attention(
     if scale <= 0:  # the kernels take the largest of what they have not scaled yet
         q, scale = q * np.sign(scale).astype(q.dtype), abs(scale) or 1.0
     options = Options(
+        rule=visibility.rule(),
         scale=scale,
         softcap=softcap,
-        causal=visibility.causal,
-        window=visibility.window,
-        kept=visibility.kept,
         time=time,
         keys=keys,
         blocks=tuple(blocks.items()),
@@ -101,8 +99,8 @@ def _marks(visibility: Visibility):
 
 def _forward(options: Options, q, k, v, sinks, visibility: Visibility):
     base2 = None if sinks is None else jnp.maximum(sinks * _LOG2E, NOTHING)
-    runs = tiles.runs(*tiles.tiles(visibility, TILE, options["keys"]))
-    y, lse = forward(options, q, k, v, base2, *_marks(visibility), runs)
+    seen = tiles(visibility, options.time, options.keys, (TILE, options["keys"]))
+    y, lse = forward(options, q, k, v, base2, *_marks(visibility), stretches(*seen))
     return (y, lse), (q, k, v, sinks, visibility, y, lse)
 
 
@@ -111,14 +109,14 @@ def _backward(options: Options, residuals, changes):
     delta = jnp.einsum("bthv,bthv->bht", dy, y, preferred_element_type=jnp.float32) - dlse
     base2 = jnp.where(lse <= NOTHING, -NOTHING, lse * _LOG2E)
     arguments = q, k, v, dy.astype(q.dtype), jnp.stack([base2, delta], axis=2), *_marks(visibility)
-    seen = tiles.tiles(visibility, TILE, options["backward_keys"])
-    dq = queries_backward(options, *arguments, tiles.runs(*seen))
-    seen = (x.swapaxes(1, 2) for x in tiles.tiles(visibility, options["backward_queries"], TILE))
-    runs = tiles.runs(*seen)
+    seen = tiles(visibility, options.time, options.keys, (TILE, options["backward_keys"]))
+    dq = queries_backward(options, *arguments, stretches(*seen))
+    seen = tiles(visibility, options.time, options.keys, (options["backward_queries"], TILE))
+    by_key = stretches(*(x.swapaxes(1, 2) for x in seen))
     if q.shape[-1] + v.shape[-1] <= _WIDEST:
-        dk, dv = keys_backward(options, *arguments, runs)
+        dk, dv = keys_backward(options, *arguments, by_key)
     else:  # the registers hold one of the two sums
-        (dk,), (dv,) = (keys_backward(options, *arguments, runs, (name,)) for name in ("dk", "dv"))
+        (dk,), (dv,) = (keys_backward(options, *arguments, by_key, (name,)) for name in ("dk", "dv"))
     dsinks = None if sinks is None else -jnp.sum(jnp.exp(sinks[:, None] - lse) * delta, axis=(0, 2))
     return dq, dk, dv, dsinks, None
 

@@ -36,19 +36,19 @@ from kernels_pallas.attention.mosaic_gpu_tiles import (
 )
 
 
-def queries_backward(options: Options, q, k, v, dy, statistics, prefix, query_ids, key_ids, runs):
+def queries_backward(options: Options, q, k, v, dy, statistics, prefix, query_ids, key_ids, stretches):
     """dq [B,T,H,K].
 
     Args:
         q, k, v, prefix, query_ids, key_ids: as in `forward`. dy: [B,T,H,V] in q's dtype.
         statistics: float32 [B,H,2,T]: logsumexps in base 2, huge where a query sees nothing; sums of dy y less the
             cotangents of the logsumexps.
-        runs: int32 [1|B, T / 128, 6] over tiles of ``options["backward_keys"]`` keys.
+        stretches: int32 [1|B, T / 128, 6] over tiles of ``options["backward_keys"]`` keys.
     """
     (batch, time, heads, width), value_width = q.shape, v.shape[3]
     keys, packed = options["backward_keys"], query_ids is not None
     stages, value_stages = options["backward_stages"], options["backward_value_stages"]
-    inputs = {"q": q, "k": k, "v": v, "dy": dy, "statistics": statistics, "prefix": prefix, "runs": runs}
+    inputs = {"q": q, "k": k, "v": v, "dy": dy, "statistics": statistics, "prefix": prefix, "stretches": stretches}
     inputs |= {"query_ids": query_ids, "key_ids": key_ids}
     scratch = {
         "q_tile": tile(CONSUMERS, ROWS, width, dtype=q.dtype),
@@ -69,8 +69,8 @@ def queries_backward(options: Options, q, k, v, dy, statistics, prefix, query_id
 
 def _queries_body(options: Options, refs):
     batch, head = jax.lax.axis_index("batch"), jax.lax.axis_index("head")
-    index = refs["runs"].shape[1] - 1 - jax.lax.axis_index("tile")  # the last see most under a causal mask
-    schedule = Schedule.read(refs["runs"], batch, index)
+    index = refs["stretches"].shape[1] - 1 - jax.lax.axis_index("tile")  # the last see most under a causal mask
+    schedule = Schedule.read(refs["stretches"], batch, index)
     group = jax.lax.div(head, jnp.int32(refs["q"].shape[2] // refs["k"].shape[2]))
 
     def copy():
@@ -133,18 +133,20 @@ def _queries_step(options, refs, schedule, batch, query, warpgroup, vectors, sum
     plgpu.barrier_arrive(refs["k_free"].at[slot])
 
 
-def keys_backward(options: Options, q, k, v, dy, statistics, prefix, query_ids, key_ids, runs, wanted=("dk", "dv")):
+def keys_backward(
+    options: Options, q, k, v, dy, statistics, prefix, query_ids, key_ids, stretches, wanted=("dk", "dv")
+):
     """The `wanted` of dk [B,S,G,K] and dv [B,S,G,V]; arguments as in `queries_backward`.
 
     Args:
-        runs: int32 [1|B, S / 128, 6] over tiles of ``options["backward_queries"]`` queries.
+        stretches: int32 [1|B, S / 128, 6] over tiles of ``options["backward_queries"]`` queries.
     """
     (batch, keys, groups, width), value_width = k.shape, v.shape[3]
     queries, packed = options["backward_queries"], query_ids is not None
     stages, value_stages = options["backward_stages"], options["backward_value_stages"]
     reads_v, shares = "dk" in wanted, "dk" not in wanted and width == value_width
     inputs = {"q": q, "k": k, "v": v if reads_v else None, "dy": dy, "statistics": statistics}
-    inputs |= {"prefix": prefix, "runs": runs, "query_ids": query_ids, "key_ids": key_ids}
+    inputs |= {"prefix": prefix, "stretches": stretches, "query_ids": query_ids, "key_ids": key_ids}
     scratch = {
         "k_tile": tile(CONSUMERS, ROWS, width, dtype=q.dtype),
         "v_tile": None if shares else tile(CONSUMERS, ROWS, value_width, dtype=q.dtype),
@@ -166,7 +168,7 @@ def keys_backward(options: Options, q, k, v, dy, statistics, prefix, query_ids, 
 
 def _keys_body(options: Options, refs, wanted):
     batch, group, index = (jax.lax.axis_index(name) for name in ("batch", "group", "tile"))
-    schedule = Schedule.read(refs["runs"], batch, index)
+    schedule = Schedule.read(refs["stretches"], batch, index)
     members = refs["q"].shape[2] // refs["k"].shape[2]
     queries = options["backward_queries"]
 

@@ -37,19 +37,19 @@ from kernels_pallas.attention.mosaic_gpu_tiles import (
 from kernels_pallas.attention.reference import NOTHING
 
 
-def forward(options: Options, q, k, v, sinks, prefix, query_ids, key_ids, runs):
+def forward(options: Options, q, k, v, sinks, prefix, query_ids, key_ids, stretches):
     """q [B,T,H,K], k [B,S,G,K], v [B,S,G,V] filled to whole tiles, widths multiples of 64.
 
     Args:
         sinks: float32 [H], in base 2, or None. prefix: int32 [B] or None. query_ids, key_ids: int32 [B,T], [B,S] or
-            None. runs: int32 [1|B, T / 128, 6], see `tiles.runs`.
+            None. stretches: int32 [1|B, T / 128, 6], see `visits.stretches`.
 
     Returns:
         y [B,T,H,V] in q's dtype and logsumexps float32 [B,H,T].
     """
     (batch, time, heads, width), value_width = q.shape, v.shape[3]
     keys, stages = options["keys"], options["stages"]
-    inputs = {"q": q, "k": k, "v": v, "sinks": sinks, "prefix": prefix, "runs": runs}
+    inputs = {"q": q, "k": k, "v": v, "sinks": sinks, "prefix": prefix, "stretches": stretches}
     inputs |= {"query_ids": query_ids, "key_ids": key_ids}
     outputs = {
         "y": jax.ShapeDtypeStruct((batch, time, heads, value_width), q.dtype),
@@ -76,8 +76,8 @@ def forward(options: Options, q, k, v, sinks, prefix, query_ids, key_ids, runs):
 def _body(options: Options, refs):
     batch, head = jax.lax.axis_index("batch"), jax.lax.axis_index("head")
     # Under a causal mask the last queries see most: they start first.
-    index = refs["runs"].shape[1] - 1 - jax.lax.axis_index("tile")
-    schedule = Schedule.read(refs["runs"], batch, index)
+    index = refs["stretches"].shape[1] - 1 - jax.lax.axis_index("tile")
+    schedule = Schedule.read(refs["stretches"], batch, index)
     warpgroups(
         lambda warpgroup: _compute(options, refs, schedule, batch, head, index * TILE + warpgroup * ROWS, warpgroup),
         lambda: _copy(options, refs, schedule, batch, head),

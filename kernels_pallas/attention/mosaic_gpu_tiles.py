@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from kernels_pallas.attention.visibility import Visibility
+
 ROWS = 64
 """Of a tile that one warpgroup works on."""
 CONSUMERS = 2
@@ -25,17 +27,16 @@ class Options:
     """What of a call is static.
 
     Attributes:
-        scale: above 0. softcap, causal, window, kept: as in `attention`.
+        rule: of `Visibility`.
+        scale: above 0. softcap: as in `attention`.
         time, keys: the queries and keys there are; the arrays are filled up with zeros.
         blocks: tile sizes, see `mosaic_gpu.heuristic`.
         simulated: in the interpreter, which knows no products of registers.
     """
 
+    rule: Visibility
     scale: float
     softcap: float | None
-    causal: bool
-    window: int | None
-    kept: int
     time: int
     keys: int
     blocks: tuple[tuple[str, int], ...]
@@ -109,7 +110,7 @@ def load(ref, axis: int):
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """The tiles that a block of threads visits: a row of `tiles.runs`, in scalar registers."""
+    """The tiles that a block of threads visits: a row of `visits.stretches`, in scalar registers."""
 
     first: jax.Array
     count: jax.Array
@@ -119,10 +120,10 @@ class Schedule:
     full_end: jax.Array
 
     @classmethod
-    def read(cls, runs, batch, index) -> "Schedule":
+    def read(cls, stretches, batch, index) -> "Schedule":
         """Of int32 [1|B, rows, 6] in global memory."""
-        row = batch if runs.shape[0] > 1 else 0
-        return cls(*(runs[row, index, i] for i in range(6)))
+        row = batch if stretches.shape[0] > 1 else 0
+        return cls(*(stretches[row, index, i] for i in range(6)))
 
     @property
     def steps(self):
@@ -152,36 +153,18 @@ def hide(options: Options, logits, schedule: Schedule, tile, *, query, key, pref
         query_at, key_at = (
             plgpu.broadcasted_iota(jnp.int32, logits.shape, dimension, layout=LAYOUT) for dimension in (axis, 1 - axis)
         )
-        # Limits change from row to row alone, and take few registers; differences of the two would fill a tile.
-        own = query_at + (query - key + options.keys - options.time)
-        seen = []
-        if options.window is not None:
-            near = key_at > own - options.window
-            if not options.causal:
-                near &= key_at < own + options.window
-            if options.kept:
-                near |= key_at < options.kept - key
-            seen.append(near)
-        if options.causal:
-            seen.append(key_at <= own)
-        if seen and prefix is not None:
-            seen = [_all(seen) | (key_at < prefix - key)]
+        position = query_at + (query + options.keys - options.time)
+        of_queries, of_keys = (None, None) if ids is None else ids()
         if ids is not None:
-            of_queries, of_keys = ids()
-            spread = (rows, columns) if axis == 0 else (columns, rows)
-            seen.append(spread[0](of_queries, logits.shape) == spread[1](of_keys, logits.shape))
-        elif not options.causal:
-            seen.append(key_at < options.keys - key)
-        return jnp.where(_all(seen), logits, hidden)
+            along_queries, along_keys = (rows, columns) if axis == 0 else (columns, rows)
+            of_queries, of_keys = along_queries(of_queries, logits.shape), along_keys(of_keys, logits.shape)
+        seen = options.rule.sees(position, key_at + key, key_at + key, prefix, of_queries, of_keys)
+        if not options.rule.causal and ids is None:
+            filled = key_at < options.keys - key
+            seen = filled if seen is None else seen & filled
+        return jnp.where(seen, logits, hidden)
 
     return jax.lax.cond(schedule.full(tile), lambda logits: logits, masked, logits)
-
-
-def _all(conditions):
-    result = conditions[0]
-    for condition in conditions[1:]:
-        result &= condition
-    return result
 
 
 def launch(

@@ -5,7 +5,6 @@ that are needed (`visits`), which it reads ahead of its loads; the backward pass
 and the logsumexp of each row.
 """
 
-import dataclasses
 import functools
 
 import jax
@@ -77,18 +76,9 @@ def attention(
     Returns:
         [B, T, H, V] in q's dtype, and float32 [B, T, H], about -1e20 (`reference.NOTHING`) where a query sees nothing.
     """
-    rule = dataclasses.replace(
-        visibility,
-        query_positions=None,
-        key_positions=None,
-        key_ranks=None,
-        key_segment_ids=None,
-        prefix_length=None if visibility.prefix_length is None else True,
-        segment_ids=None if visibility.segment_ids is None else True,
-    )
     del bias
     sizes = _whole(q.shape[1], blocks["query"]), _whole(k.shape[1], blocks["key"])
-    options = Options(rule, q.shape[1], k.shape[1], sizes, scale, softcap, simulated)
+    options = Options(visibility.rule(), q.shape[1], k.shape[1], sizes, scale, softcap, simulated)
     return _attend(options, q, k, v, sinks, visibility)
 
 

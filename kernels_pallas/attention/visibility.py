@@ -63,9 +63,10 @@ class Visibility:
         may be None. None if every query sees every key."""
         seen = None
         if self.window is not None:
-            seen = query - key < self.window
+            # No differences: query and key may be a row and a column, whose sums with a constant stay small.
+            seen = key > query - self.window
             if not self.causal:
-                seen &= key - query < self.window
+                seen &= key < query + self.window
             if self.kept:
                 seen |= rank < self.kept
         if self.causal:
@@ -75,6 +76,14 @@ class Visibility:
         if query_document is not None:
             seen = _both(seen, (query_document == key_document) & (key_document != 0))
         return seen
+
+    def rule(self) -> "Visibility":
+        """What of it is static, enough for `sees`; True in place of prefix and documents where there are any."""
+        absent = dict.fromkeys(("query_positions", "key_positions", "key_ranks", "key_segment_ids"))
+        prefix = None if self.prefix_length is None else True
+        return dataclasses.replace(
+            self, **absent, prefix_length=prefix, segment_ids=None if self.segment_ids is None else True
+        )
 
     def take(self, queries: Piece, keys: Sequence[Piece]) -> "Visibility":
         """The part for some consecutive queries, and for keys in one or more pieces."""

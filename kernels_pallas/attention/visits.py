@@ -1,7 +1,7 @@
 """Which tiles of the logits a fused kernel visits: those where some query of a block may see some key of a block.
 
 Tiles are judged by the ranges of positions, ranks and documents of their blocks, so that causality, windows and packed
-documents leave out whole tiles; the visits are listed, and a kernel that follows the list never loads the others.
+documents leave out whole tiles. A kernel that follows a list of `visits`, or `stretches`, never loads the others.
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ def visits(visibility: Visibility, time: int, keys: int, blocks: tuple[int, int]
     """List the tiles of `blocks` = (queries, keys) that `time` queries and `keys` keys need."""
     outer, inner = np.nonzero(_listed(visibility, time, keys, blocks, by_key))
     query, key = (inner, outer) if by_key else (outer, inner)
-    some, every = _tiles(visibility, time, keys, blocks)
+    some, every = tiles(visibility, time, keys, blocks)
     unneeded = ~jnp.any(some, axis=1 if by_key else 2)[:, outer]
     some, every = some[:, query, key], every[:, query, key]
     # A block that needs no tile is visited once all the same: its output has to be written.
@@ -47,6 +47,28 @@ def visits(visibility: Visibility, time: int, keys: int, blocks: tuple[int, int]
     kind = jnp.where(index < count, jnp.take_along_axis(kind, order, axis=1), IDLE)
     tables = jnp.asarray(query, jnp.int32)[order], jnp.asarray(key, jnp.int32)[order]
     return Visits(*tables, kind.astype(jnp.int32))
+
+
+def stretches(some: jax.Array, every: jax.Array) -> jax.Array:
+    """For each row of `tiles` the columns to visit, as a few numbers: int32 [1|B, rows, 6].
+
+    Two stretches of columns, each its first one and their number: up to the first gap, and from there to the last that
+    is needed. Then the ends of a stretch in which every query sees every key: its first column and the one after it.
+    """
+    index = jnp.arange(some.shape[-1], dtype=jnp.int32)
+
+    def first(found):
+        return jnp.min(jnp.where(found, index, len(index)), axis=-1, keepdims=True)
+
+    def stretch(found):
+        start = first(found)
+        return start, first(~found & (index >= start))
+
+    start, end = stretch(some)
+    following = first(some & (index >= end))
+    last = jnp.max(jnp.where(some, index + 1, 0), axis=-1, keepdims=True)
+    parts = [start, end - start, following, jnp.maximum(last - following, 0), *stretch(every)]
+    return jnp.concatenate(parts, axis=-1).astype(jnp.int32)
 
 
 def _listed(visibility, time, keys, blocks, by_key) -> np.ndarray:
@@ -63,7 +85,7 @@ def _listed(visibility, time, keys, blocks, by_key) -> np.ndarray:
             key_segment_ids=None,
             window=None if scattered else visibility.window,
         )
-        some = np.array(_tiles(plain, time, keys, blocks)[0][0])
+        some = np.array(tiles(plain, time, keys, blocks)[0][0])
     else:
         some = np.ones((-(-time // blocks[0]), -(-keys // blocks[1])), bool)
     some = some.T if by_key else some
@@ -71,7 +93,7 @@ def _listed(visibility, time, keys, blocks, by_key) -> np.ndarray:
     return some
 
 
-def _tiles(visibility: Visibility, time: int, keys: int, blocks: tuple[int, int]):
+def tiles(visibility: Visibility, time: int, keys: int, blocks: tuple[int, int]):
     """Bool [1|B, queries, keys] of blocks: some query may see some key of the tile; every query sees every key."""
     xp = np if isinstance(visibility.query_positions, np.ndarray) else jnp
     query_low, query_high = (x[:, :, None] for x in _ranges(xp, visibility.query_positions, blocks[0]))

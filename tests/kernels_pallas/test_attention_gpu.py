@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels_pallas.attention import attention, tiles
+from kernels_pallas.attention import attention
 from kernels_pallas.attention.visibility import Visibility
+from kernels_pallas.attention.visits import stretches, tiles
 from kernels_pallas.target import simulating
 
 pytestmark = pytest.mark.usefixtures("without_races")
@@ -158,7 +159,7 @@ MASKS = [
 
 @pytest.mark.parametrize("options", MASKS, ids=str)
 @pytest.mark.parametrize(("time", "keys"), [(75, 75), (20, 75), (40, 16)])
-def test_tiles_say_what_is_seen_and_whole(options, time, keys):
+def test_stretches_hold_what_is_seen_and_whole(options, time, keys):
     """Of tiles of 8 queries by 16 keys, against the mask itself."""
     options = dict(options)
     ids = documents(max(time, keys), [-3, 20, 16, 1, 30]) if options.pop("segments", False) else None
@@ -177,7 +178,7 @@ def test_tiles_say_what_is_seen_and_whole(options, time, keys):
     mask = np.ones((1, time, keys), bool) if mask is None else np.asarray(mask)
     filled = np.pad(mask, [(0, 0), (0, -time % 8), (0, -keys % 16)])
     blocks = filled.reshape(1, filled.shape[1] // 8, 8, filled.shape[2] // 16, 16)
-    some, whole = (np.asarray(x) for x in tiles.tiles(seen, 8, 16))
+    some, whole = (np.asarray(x) for x in tiles(seen, time, keys, (8, 16)))
     assert np.all(some >= blocks.any(axis=(2, 4)))
     if ids is None:
         assert np.array_equal(some, blocks.any(axis=(2, 4)))
@@ -185,8 +186,8 @@ def test_tiles_say_what_is_seen_and_whole(options, time, keys):
     really = inside.all(axis=(2, 4))
     really[:, :, keys // 16 :] = False
     assert np.all(whole <= really)
-    stretches = np.asarray(tiles.runs(jnp.asarray(some), jnp.asarray(whole)))
-    for row, (first, count, following, more, full, end) in enumerate(stretches[0]):
+    rows = np.asarray(stretches(jnp.asarray(some), jnp.asarray(whole)))[0]
+    for row, (first, count, following, more, full, end) in enumerate(rows):
         visited = {*range(first, first + count), *range(following, following + more)}
         assert visited >= set(np.flatnonzero(some[0, row]))
         assert np.all(whole[0, row, full:end])
@@ -196,8 +197,8 @@ def test_tiles_say_what_is_seen_and_whole(options, time, keys):
 def test_windows_visit_few_tiles():
     visibility = Visibility(jnp.arange(16384)[None], jnp.arange(16384)[None], jnp.arange(16384)[None], None, None, None,
                             causal=True, window=1024, kept=0, in_order=True)  # fmt: skip
-    stretches = np.asarray(tiles.runs(*tiles.tiles(visibility, 128, 128)))[0]
-    assert stretches[:, [1, 3]].sum(axis=1).max() == 9
+    rows = np.asarray(stretches(*tiles(visibility, 16384, 16384, (128, 128))))[0]
+    assert rows[:, [1, 3]].sum(axis=1).max() == 9
 
 
 def abstract(batch=2, time=2048, heads=8, groups=2, width=128, value_width=None):
