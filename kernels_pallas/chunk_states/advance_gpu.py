@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -19,7 +20,10 @@ from kernels_pallas.chunk_states.tiles import (
     along_rows,
     floats,
     interpreter,
+    loop,
     product,
+    quotient,
+    remainder,
     tile,
     vector,
 )
@@ -142,7 +146,7 @@ class _Plan:
         tokens = pl.ds(chunk * CHUNK, CHUNK)
         index = {
             "whole": (row, chunk, head, keys),
-            "keys": (row, tokens, jax.lax.div(head, self.repeats), keys),
+            "keys": (row, tokens, quotient(head, self.repeats), keys),
             "rows": (row, head, chunk),
             "corrected_reads": (row, tokens, head, keys),
             "corrected_keys": (row, tokens, head, keys),
@@ -168,10 +172,10 @@ class _Plan:
                 plgpu.copy_gmem_to_smem(part, buffers[name].at[slot], loaded.at[slot])
 
         for step in range(min(self.stages, self.chunks)):
-            fetch(step, step)
+            fetch(np.int32(step), step)
 
         def chunk(step, state):
-            slot = jax.lax.rem(step, self.stages)
+            slot = remainder(step, self.stages)
             stage = {name: buffer.at[slot] for name, buffer in buffers.items()}
             plgpu.barrier_wait(loaded.at[slot])
             plgpu.wait_smem_to_gmem(0)  # what the chunk before left in `own` has been read
@@ -184,7 +188,7 @@ class _Plan:
             return state
 
         first = self.parts({"initial": initial}, 0)["initial"]
-        state = jax.lax.fori_loop(0, self.chunks, chunk, plgpu.load(first, layout=WGMMA, optimized=False))
+        state = loop(self.chunks, chunk, plgpu.load(first, layout=WGMMA, optimized=False))
         self.parts(outputs, 0)["last"][...] = state
         plgpu.wait_smem_to_gmem(0)
 

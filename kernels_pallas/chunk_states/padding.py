@@ -1,4 +1,4 @@
-"""Rows cut into chunks of 64 tokens, and widths rounded up to whole tiles."""
+"""Around the kernels: rows in chunks of 64 tokens, widths rounded up to whole tiles, heads summed over groups."""
 
 from typing import NamedTuple
 
@@ -57,3 +57,19 @@ class Chunked(NamedTuple):
     def survives(self) -> jax.Array:
         """Bool [B, N]: the state in front of the chunk reaches the state after it."""
         return self.number[..., -1] == self.before
+
+
+def decay_of_chunks(log_decay: jax.Array, documents: Chunked | None) -> jax.Array:
+    """The decay of a state over every chunk, float32 [B, N, H, K], of [B, T, H, K]; 0 where it does not survive."""
+    batch, time, *channels = log_decay.shape
+    whole = jnp.exp(jnp.sum(log_decay.reshape(batch, time // CHUNK, CHUNK, *channels), axis=2))
+    return whole if documents is None else jnp.where(documents.survives()[:, :, None, None], whole, 0)
+
+
+def over_group(gradient: jax.Array, like: jax.Array) -> jax.Array:
+    """[B, T, H, K] summed over the heads of each group, in float32, as an array [B, T, G, K]."""
+    batch, time, groups, width = like.shape
+    if groups == gradient.shape[2]:
+        return gradient
+    split = gradient.reshape(batch, time, groups, -1, width)
+    return jnp.sum(split, axis=3, dtype=jnp.float32).astype(like.dtype)

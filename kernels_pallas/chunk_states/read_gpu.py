@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -22,12 +23,16 @@ from kernels_pallas.chunk_states.tiles import (
     along_rows,
     floats,
     interpreter,
+    loop,
     product,
+    quotient,
+    remainder,
     tile,
     vector,
 )
 
 _SQUARE = (CHUNK, CHUNK)
+_ONCE = ("values", "own", "numbers_rows", "numbers_columns")  # the same for all heads that a block adds up
 
 
 class States(NamedTuple):
@@ -57,7 +62,7 @@ class Decayed(NamedTuple):
 class Read(NamedTuple):
     """What comes of reading; None where it was not asked for."""
 
-    out: jax.Array  # bfloat16 [B, T, H, X]
+    out: jax.Array  # bfloat16 [B, T, H, X], or of H // summed heads
     pairs: jax.Array | None  # bfloat16 [B, N, H, C, C]
     dots: jax.Array | None  # float32 [2, B, H, N, C]
 
@@ -71,6 +76,7 @@ def read(
     reverse: bool = False,
     emit: jax.Array | None = None,
     own: jax.Array | None = None,
+    summed: int = 1,
     simulated: bool = False,
 ) -> Read:
     """Read states and pairs.
@@ -82,8 +88,10 @@ def read(
         emit: bfloat16 [B, T, H, A]: return tril(left emitᵀ) as `pairs` too.
         own: bfloat16 [B, T, G, X]: return sum(own ∘ what was read), in float32, of other tokens of the chunk and of
             the state, as `dots`.
+        summed: how many consecutive heads, all of one group of values, a block goes through and adds up; for decayed
+            pairs.
     """
-    plan = _Plan(left, states, pairs, heads, reverse, emit is not None, own is not None)
+    plan = _Plan(left, states, pairs, heads, reverse, emit is not None, own is not None, summed)
     arrays = {"left": left, "emit": emit, "own": own}
     if states is not None:
         arrays |= {"states": states.states, "rows": states.rows}
@@ -98,7 +106,7 @@ def read(
     results = plgpu.kernel(
         plan.body(list(arrays)),
         out_type=plan.outputs(),
-        grid=(plan.batch, plan.chunks, heads, plan.width // plan.block),
+        grid=(plan.batch, plan.chunks, heads // summed, plan.width // plan.block),
         grid_names=("batch", "chunk", "head", "column"),
         scratch_types=plan.scratch(list(arrays)),
         kernel_name=f"chunk_states_read{'_decayed' * plan.decayed}{'_turned' * plan.turned}{'_back' * reverse}",
@@ -112,14 +120,15 @@ def read(
 class _Plan:
     """The shapes of a call, and the kernel for them."""
 
-    def __init__(self, left, states, pairs, heads, reverse, emits, dotted):
+    def __init__(self, left, states, pairs, heads, reverse, emits, dotted, summed):
         some = left if left is not None else pairs.values
         self.batch, self.time = some.shape[:2]
         self.chunks, self.heads, self.reverse = self.time // CHUNK, heads, reverse
         self.inner = left.shape[3] if left is not None else 0
         self.turned = states is not None and states.turned
         self.width = pairs.values.shape[3] if pairs is not None else states.states.shape[3 if self.turned else 4]
-        self.block = 128 if self.width % 128 == 0 and self.inner <= 128 else 64
+        self.summed, self.stages = summed, min(summed, 2)
+        self.block = 128 if self.width % 128 == 0 and self.inner <= 128 and summed == 1 else 64
         self.decayed = isinstance(pairs, Decayed)
         self.results = ["out"] + ["emitted"] * emits + ["dots"] * dotted
 
@@ -130,29 +139,42 @@ class _Plan:
     def outputs(self):
         batch, chunks, heads, count = self.batch, self.chunks, self.heads, self.width // self.block
         shapes = {
-            "out": ((batch, self.time, heads, self.width), jnp.bfloat16),
+            "out": ((batch, self.time, heads // self.summed, self.width), jnp.bfloat16),
             "emitted": ((batch, chunks, heads, *_SQUARE), jnp.bfloat16),
             "dots": ((batch, heads, chunks, count, 2, CHUNK), jnp.float32),
         }
         return [jax.ShapeDtypeStruct(*shapes[name]) for name in self.results]
 
     def scratch(self, names):
-        """A buffer for everything that is loaded; pairs, and what is read, take others' place where they can."""
-        states = (self.block, self.inner) if self.turned else (self.inner, self.block)
-        kinds = {name: tile(CHUNK, self.inner) for name in ("left", "right", "emit")}
-        kinds |= {name: tile(CHUNK, self.block) for name in ("values", "own", "out")}
-        kinds |= {"pairs": tile(*_SQUARE), "emitted": tile(*_SQUARE), "states": tile(*states)}
-        kinds |= {name: plgpu.SMEM((CHUNK,), jnp.float32) for name in ("rows", "sums_rows", "sums_columns")}
-        kinds |= {name: plgpu.SMEM((CHUNK,), jnp.int32) for name in ("numbers_rows", "numbers_columns")}
-        kinds["dots"] = plgpu.SMEM((2, CHUNK), jnp.float32)
-        own = ["pairs"] * self.decayed + ["out"] * ("values" not in names)
-        own += [name for name in ("emitted", "dots") if name in self.results]
-        return [{name: kinds[name] for name in (*names, *own)}, plgpu.Barrier(num_arrivals=len(names))]
+        """What is loaded once, in stages for every head, and what is only written; and the barriers of the former two.
 
-    def part(self, name, array):
-        """What a block reads or writes of an array."""
-        row, chunk, head, place = (jax.lax.axis_index(axis) for axis in ("batch", "chunk", "head", "column"))
-        columns = pl.ds(place * self.block, self.block)
+        What is read takes the place of the values, where there are any.
+        """
+        states = (self.block, self.inner) if self.turned else (self.inner, self.block)
+        kinds = dict.fromkeys(("left", "right", "emit"), (CHUNK, self.inner))
+        kinds |= dict.fromkeys(("values", "own", "out"), (CHUNK, self.block))
+        kinds |= {"pairs": _SQUARE, "emitted": _SQUARE, "states": states}
+        vectors = dict.fromkeys(("rows", "sums_rows", "sums_columns"), jnp.float32)
+        vectors |= dict.fromkeys(("numbers_rows", "numbers_columns"), jnp.int32)
+
+        def buffer(name, *stages):
+            return plgpu.SMEM((*stages, CHUNK), vectors[name]) if name in vectors else tile(*stages, *kinds[name])
+
+        written = ["pairs"] * self.decayed + ["out"] * ("values" not in names) + ["emitted"] * ("emit" in names)
+        own = {name: buffer(name) for name in written}
+        if "dots" in self.results:
+            own["dots"] = plgpu.SMEM((2, CHUNK), jnp.float32)
+        once = {name: buffer(name) for name in names if name in _ONCE}
+        each = {name: buffer(name, self.stages) for name in names if name not in _ONCE}
+        barriers = [plgpu.Barrier(num_arrivals=max(1, len(once)))]
+        barriers.append(plgpu.Barrier(num_arrivals=max(1, len(each)), num_barriers=self.stages))
+        return [once, each, own, *barriers]
+
+    def part(self, name, array, step=0):
+        """What a block reads or writes of an array, for its head number `step`."""
+        row, chunk, place = (jax.lax.axis_index(axis) for axis in ("batch", "chunk", "column"))
+        columns, block = pl.ds(place * self.block, self.block), jax.lax.axis_index("head")
+        head = block * self.summed + step
         if name == "dots":
             return array.at[row, head, chunk, place]
         if name in ("pairs", "emitted"):
@@ -163,30 +185,71 @@ class _Plan:
             return array.at[row, head, chunk]
         if name in ("numbers_rows", "numbers_columns"):
             return array.at[row, chunk]
-        group = jax.lax.div(head, self.heads // self.groups.get(name, self.heads))
+        group = block if name == "out" else quotient(head, self.heads // self.groups[name])
         part = (row, pl.ds(chunk * CHUNK, CHUNK), group)
         return array.at[part if name in ("left", "right", "emit") else (*part, columns)]
 
     def body(self, names):
         def body(*refs):
-            *arrays, held, loaded = refs
-            for name, array in zip(names, arrays, strict=False):
-                plgpu.copy_gmem_to_smem(self.part(name, array), held[name], loaded)
-            plgpu.barrier_wait(loaded)
+            *arrays, once, each, own, loaded_once, loaded = refs
+            inputs = dict(zip(names, arrays, strict=False))
             outputs = dict(zip(self.results, arrays[len(names) :], strict=True))
-            if "emitted" in outputs:
-                # The pairs are the same for every block of columns: the first one writes them.
-                self.emit(held, self.part("emitted", outputs["emitted"]))
-            out = self.read(held)
-            place = held["values" if "values" in held else "out"]
+
+            def fetch(step):
+                slot = remainder(step, self.stages)
+                for name, buffer in each.items():
+                    plgpu.copy_gmem_to_smem(self.part(name, inputs[name], step), buffer.at[slot], loaded.at[slot])
+
+            for name, buffer in once.items():
+                plgpu.copy_gmem_to_smem(self.part(name, inputs[name]), buffer, loaded_once)
+            for step in range(self.stages if each else 0):
+                fetch(np.int32(step))
+            if once:
+                plgpu.barrier_wait(loaded_once)
+
+            def head(step):
+                slot = remainder(step, self.stages)
+                if each:
+                    plgpu.barrier_wait(loaded.at[slot])
+                held = once | own | {name: buffer.at[slot] for name, buffer in each.items()}
+                if "emitted" in outputs:
+                    # The pairs are the same for every block of columns: the first one writes them.
+                    self.emit(held, self.part("emitted", outputs["emitted"]))
+                results = self.read(held)
+                if "dots" in outputs:
+                    plgpu.commit_smem()
+                    plgpu.copy_smem_to_gmem(own["dots"], self.part("dots", outputs["dots"], step))
+                return results
+
+            out = head(np.int32(0)) if self.summed == 1 else self.over_heads(head, fetch)
+            if "dots" in outputs:
+                total, diagonal = out
+                out = total + along_rows(diagonal, total.shape) * floats(once["values"])
+            place = once["values"] if once else own["out"]
             place[...] = out.astype(jnp.bfloat16)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(place, self.part("out", outputs["out"]))
-            if "dots" in outputs:
-                plgpu.copy_smem_to_gmem(held["dots"], self.part("dots", outputs["dots"]))
             plgpu.wait_smem_to_gmem(0)
 
         return body
+
+    def over_heads(self, head, fetch):
+        """The sum of `head(step)` over the heads of a block."""
+
+        def add(step, totals):
+            plgpu.wait_smem_to_gmem(0)  # the dots of the head before have left
+            totals = jax.tree.map(jnp.add, totals, head(step))
+
+            @pl.when(step + self.stages < self.summed)
+            def _():
+                fetch(step + self.stages)
+
+            return totals
+
+        totals = plgpu.layout_cast(jnp.zeros((CHUNK, self.block), jnp.float32), WGMMA)
+        if "dots" in self.results:
+            totals = totals, plgpu.layout_cast(jnp.zeros((CHUNK,), jnp.float32), ROWS)
+        return loop(self.summed, add, totals)
 
     def emit(self, held, output):
         @pl.when(jax.lax.axis_index("column") == 0)
@@ -197,7 +260,7 @@ class _Plan:
             plgpu.copy_smem_to_gmem(held["emitted"], output)
 
     def read(self, held):
-        """What the tokens of a chunk read, [64, block]."""
+        """What the tokens of a chunk read, [64, block]; with `dots` without their own values, whose weights it adds."""
         shape = (CHUNK, self.block)
         left = held.get("left")
         states = held.get("states")
@@ -219,7 +282,7 @@ class _Plan:
         own = floats(held["own"])
         held["dots"][0] = jnp.sum(own * inside, axis=1)
         held["dots"][1] = jnp.sum(own * before, axis=1)
-        return inside + before + along_rows(diagonal, shape) * floats(held["values"])
+        return inside + before, diagonal
 
     def weigh(self, held):
         """Put the decayed pairs in their place; returns their diagonal [64] if it is left out there, for `dots`."""

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -17,6 +18,29 @@ def tile(*shape: int):
     """Shared memory for a bfloat16 [..., rows, columns] operand of the tensor cores; columns a multiple of 64."""
     swizzled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
     return plgpu.SMEM(shape, jnp.bfloat16, transforms=swizzled)
+
+
+def quotient(number, by: int):
+    """Of int32 numbers, also where Python's integers are int64."""
+    return jax.lax.div(number, np.int32(by))
+
+
+def remainder(number, by: int):
+    """Likewise."""
+    return jax.lax.rem(number, np.int32(by))
+
+
+def loop(count: int, body, carry):
+    """`jax.lax.fori_loop` from 0, with int32 steps."""
+    return jax.lax.fori_loop(
+        0, count, lambda step, carry: body(jax.lax.convert_element_type(step, np.int32), carry), carry
+    )
+
+
+def float_tile(*shape: int):
+    """Shared memory for a float32 [..., rows, columns] tile; columns a multiple of 32."""
+    swizzled = (plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128))
+    return plgpu.SMEM(shape, jnp.float32, transforms=swizzled)
 
 
 def product(*operands):

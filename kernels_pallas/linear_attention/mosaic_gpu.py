@@ -1,22 +1,23 @@
 """Linear attention on Hopper GPUs, without decay, with one per head or one per channel, in chunks of 64 tokens.
 
 States go from chunk to chunk in one kernel, and all chunks read them at once in another: `kernels_pallas.chunk_states`.
-Per head the products of decays are formed in the kernels. Per channel plain JAX scales queries and keys and forms the
-decayed products within chunks: `mosaic_gpu_channel`.
+Per head the latter forms the decayed products within chunks too; per channel another kernel does: `mosaic_gpu_channel`.
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
 
 from kernels_pallas.chunk_states.advance_gpu import Writes, advance
-from kernels_pallas.chunk_states.padding import Chunked, filled, widened
+from kernels_pallas.chunk_states.padding import TILE, Chunked, filled, over_group, widened
 from kernels_pallas.chunk_states.read_gpu import Decayed, States, read
 from kernels_pallas.chunk_states.tiles import CHUNK
 from kernels_pallas.dispatch import unfit
 from kernels_pallas.linear_attention import mosaic_gpu_channel, reference
 
+MULTIPROCESSORS = 132  # of an H100 or H200
 WIDEST = 256
 """Of keys and values: the longest side of a tile that is loaded at once."""
 
@@ -29,8 +30,15 @@ def obstacles(q, k, v, log_decay) -> list[str]:
 
 
 def heuristic(q, k, v, log_decay) -> dict[str, int]:
-    """Chunks of 64 tokens: the rows of one tensor core instruction, and the only size that the kernels have."""
-    return {"chunk": CHUNK}
+    """Chunks of 64 tokens, the only size that the kernels have: the rows of one tensor core instruction.
+
+    "heads" is how many heads of a group one block adds up in the gradients of q and k, which are written once for all
+    of them: as many as leave four blocks for each of 132 multiprocessors, two that run and two that wait.
+    """
+    batch, time, groups, keys = k.shape
+    repeats, blocks = v.shape[2] // groups, batch * -(-time // CHUNK) * v.shape[2] * -(-keys // TILE)
+    most = max(1, blocks // (4 * MULTIPROCESSORS))
+    return {"chunk": CHUNK, "heads": max(n for n in range(1, repeats + 1) if repeats % n == 0 and n <= most)}
 
 
 def linear_attention(q, k, v, log_decay, state, documents, *, blocks, simulated):
@@ -43,17 +51,18 @@ def linear_attention(q, k, v, log_decay, state, documents, *, blocks, simulated)
     if log_decay is not None and log_decay.ndim == 4:
         y, state = mosaic_gpu_channel.linear_attention(q, k, v, log_decay, state, chunked, simulated)
     else:
-        y, state = _per_head(simulated, q, k, v, log_decay, state, chunked)
+        summed = math.gcd(blocks["heads"], v.shape[2] // k.shape[2])
+        y, state = _per_head(summed, simulated, q, k, v, log_decay, state, chunked)
     return y[:, :time, :, :values], state[:, :, :keys, :values]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _per_head(simulated, q, k, v, log_decay, state, documents):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _per_head(summed, simulated, q, k, v, log_decay, state, documents):
     """Of whole chunks, widths multiples of 64, and log_decay None or float32 [B,T,H]."""
-    return _forward(simulated, q, k, v, log_decay, state, documents)[0]
+    return _forward(summed, simulated, q, k, v, log_decay, state, documents)[0]
 
 
-def _forward(simulated, q, k, v, log_decay, state, documents):
+def _forward(summed, simulated, q, k, v, log_decay, state, documents):
     sums, entering, leaving, whole = _decays(log_decay, v, documents)
     going = advance(_per_key(whole, k), state, Writes(k, v, leaving), simulated=simulated)
     numbers = None if documents is None else documents.number
@@ -62,7 +71,7 @@ def _forward(simulated, q, k, v, log_decay, state, documents):
     return (y, going.last), (q, k, v, log_decay, documents, going.states)
 
 
-def _backward(simulated, residuals, cotangents):
+def _backward(summed, simulated, residuals, cotangents):
     q, k, v, log_decay, documents, states = residuals
     dy, dstate = cotangents
     sums, entering, leaving, whole = _decays(log_decay, v, documents)
@@ -78,14 +87,15 @@ def _backward(simulated, residuals, cotangents):
         simulated=simulated,
     )
     dv = reading(k, States(back.states, rows=leaving), Decayed(q, dy, sums, numbers), reverse=True).out
-    dq, _, gains = reading(dy, States(states, True, entering), Decayed(v, k, sums, numbers), own=q if decays else None)
-    dk, _, losses = reading(
-        v, States(back.states, True, leaving), Decayed(dy, q, sums, numbers), own=k if decays else None, reverse=True
-    )
+    own_q, own_k = (q, k) if decays else (None, None)
+    turning = functools.partial(reading, summed=summed)
+    dq, _, gains = turning(dy, States(states, True, entering), Decayed(v, k, sums, numbers), own=own_q)
+    given = States(back.states, True, leaving)
+    dk, _, losses = turning(v, given, Decayed(dy, q, sums, numbers), own=own_k, reverse=True)
     dlog_decay = None
     if decays:
         dlog_decay = _decay_gradient(gains, losses, whole * jnp.sum(back.kept, axis=-1))
-    return _over_group(dq, q), _over_group(dk, k), dv, dlog_decay, back.last, None
+    return over_group(dq, q), over_group(dk, k), dv, dlog_decay, back.last, None
 
 
 _per_head.defvjp(_forward, _backward)
@@ -128,12 +138,3 @@ def _decay_gradient(gains, losses, kept):
     until_here = jnp.cumsum(given_after, axis=3) - given_after
     gradient = from_here + until_here + kept.swapaxes(1, 2)[..., None]
     return gradient.reshape(*gradient.shape[:2], -1).swapaxes(1, 2)
-
-
-def _over_group(gradient, like):
-    """[B,T,H,K] summed over the heads of each group, in float32, as an array [B,T,G,K]."""
-    batch, time, groups, width = like.shape
-    if groups == gradient.shape[2]:
-        return gradient
-    split = gradient.reshape(batch, time, groups, -1, width)
-    return jnp.sum(split, axis=3, dtype=jnp.float32).astype(like.dtype)

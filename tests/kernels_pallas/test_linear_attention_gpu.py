@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from kernels_pallas import target
-from kernels_pallas.linear_attention import linear_attention
+from kernels_pallas.linear_attention import linear_attention, mosaic_gpu
 
 BOUNDS = {"0": 5e-3, "1": 5e-3, "dlog_decay": 2e-2}  # of bfloat16 inputs; the other gradients 8e-3
 
@@ -77,6 +77,14 @@ def test_lengths_and_wide_states(results, error, without_races, time, decay):
     assert within_bounds(found), found
 
 
+@pytest.mark.parametrize("decay", [pytest.param("none", marks=pytest.mark.slow), "head"])
+def test_heads_of_a_group_are_added_up_in_a_block(results, error, without_races, monkeypatch, decay):
+    given = arguments(100, 6, 2, 64, 64, decay)
+    monkeypatch.setattr(mosaic_gpu, "heuristic", lambda *inputs: {"chunk": 64, "heads": 3})
+    found = errors(results, error, given)
+    assert within_bounds(found), found
+
+
 @pytest.mark.slow
 def test_the_same_bits_twice(results):
     given = arguments(100, 2, 1, 64, 64, "head")
@@ -102,12 +110,19 @@ def test_lowers_for_hopper_with_kernels_in_the_gradient(lowered_for_hopper, deca
 
     gradient = jax.grad(loss, argnums=tuple(range(len(inputs))))
     program = lowered_for_hopper(gradient, *inputs)
-    # Forward: states and what reads them. Backward: gradients of states, and of three inputs that read them.
-    assert program.count("custom_call @mosaic_gpu") == 6
+    # Forward: states and what reads them. Backward: gradients of states, and of three inputs that read them. Per
+    # channel also products within chunks and their gradients.
+    assert program.count("custom_call @mosaic_gpu") == (8 if decay == "channel" else 6)
     with target.simulating("gpu"):
         names = str(jax.make_jaxpr(gradient)(*inputs))
     assert "chunk_states_advance_back" in names
     assert "chunk_states_read" + "_decayed" * (decay != "channel") + "_turned_back" * (decay != "channel") in names
+
+
+def test_as_many_heads_are_added_up_as_leave_the_chip_full():
+    few, many = (shapes(batch, 2048, 24, 1, 128, 64, "head") for batch in (1, 8))
+    assert mosaic_gpu.heuristic(*few) == {"chunk": 64, "heads": 2}
+    assert mosaic_gpu.heuristic(*many) == {"chunk": 64, "heads": 12}
 
 
 def test_what_it_cannot_honour_is_refused_in_one_line():
