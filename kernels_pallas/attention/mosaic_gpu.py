@@ -36,14 +36,15 @@ def obstacles(q, k, v, sinks, bias, visibility: Visibility, softcap: float | Non
 
 
 def heuristic(q, k, v, visibility: Visibility) -> dict[str, int]:
-    """Keys of a tile, and how many tiles are on their way at a time.
+    """Keys of a tile, or queries where a kernel goes over these, and how many tiles are on their way at a time.
 
-    It rests on what fits: 227 KiB of shared memory and 240 registers per thread hold a float32 sum of 64 rows by the
-    head size and 64 rows of logits.
+    It rests on what fits, not on measurement: 227 KiB of shared memory, and 240 registers per thread for float32 sums
+    of 64 rows by the head size besides one or two tiles of logits, without spills under any mask.
     """
-    narrow = max(_filled(q.shape[-1]), _filled(v.shape[-1])) <= 128
-    backward = {"backward_keys": 64, "backward_queries": 64, "backward_stages": 2}
-    return {"keys": 128 if narrow else 64, "stages": 2} | backward | {"backward_value_stages": 2 if narrow else 1}
+    width = max(_filled(q.shape[-1]), _filled(v.shape[-1]))
+    forward = {"keys": 128 if width <= 128 else 64, "stages": 2}
+    backward = {"backward_keys": 128 if width <= 64 else 64, "backward_queries": 64}
+    return forward | backward | {"backward_stages": 2, "backward_value_stages": 2 if width <= 128 else 1}
 
 
 def attention(

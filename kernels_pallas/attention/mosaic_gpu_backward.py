@@ -25,6 +25,7 @@ from kernels_pallas.attention.mosaic_gpu_tiles import (
     load,
     own,
     product,
+    release,
     ring,
     rows,
     slot_of,
@@ -126,11 +127,11 @@ def _queries_step(options, refs, schedule, batch, query, warpgroup, vectors, sum
     value_slot = slot_of(refs, "v", number)
     plgpu.barrier_wait(refs["v_ready"].at[value_slot])
     dweights = product(refs["dy_tile"].at[warpgroup], refs["v_tile"].at[value_slot].transpose((1, 0)), shape)
-    plgpu.barrier_arrive(refs["v_free"].at[value_slot])
+    release(refs, "v", value_slot, loaded=False)
     dlogits = (slopes * (dweights - rows(delta, shape))).astype(k_tile.dtype)
     plgpu.wgmma(sums, staged(dlogits, _staging(refs, warpgroup)), k_tile)
     plgpu.wgmma_wait(0)
-    plgpu.barrier_arrive(refs["k_free"].at[slot])
+    release(refs, "k", slot, loaded=refs["key_ids"] is not None)
 
 
 def keys_backward(
@@ -249,8 +250,8 @@ def _keys_step(options, refs, schedule, batch, key, warpgroup, of_keys, sums, nu
         dlogits = slopes.astype(jnp.float32) * (dweights - statistic(1))
         plgpu.wgmma(sums["dk"], staged(dlogits.astype(q_tile.dtype), staging), q_tile)
     plgpu.wgmma_wait(0)
-    plgpu.barrier_arrive(refs["dy_free"].at[value_slot])
-    plgpu.barrier_arrive(refs["q_free"].at[slot])
+    release(refs, "dy", value_slot, loaded=False)
+    release(refs, "q", slot, loaded=True)
 
 
 def _weights(options: Options, products, lse: Callable, schedule: Schedule, index, place):

@@ -25,6 +25,7 @@ from kernels_pallas.attention.mosaic_gpu_tiles import (
     load,
     own,
     product,
+    release,
     ring,
     rows,
     slot_of,
@@ -143,7 +144,7 @@ def _step(options, refs, schedule, batch, query, warpgroup, of_queries, take_tur
     place = {"query": query, "key": index * keys, "prefix": prefix, "axis": 0}
     place["ids"] = None if refs["key_ids"] is None else ids
     logits = hide(options, options.capped(logits), schedule, index, **place)
-    plgpu.barrier_arrive(refs["k_free"].at[slot])
+    release(refs, "k", slot, loaded=refs["key_ids"] is not None)
     now = jnp.maximum(largest, jnp.max(logits, axis=1) * options.base2)
     weights = jnp.exp2(logits * options.base2 - rows(now, shape))
     shrink = jnp.exp2(largest - now)
@@ -158,5 +159,5 @@ def _step(options, refs, schedule, batch, query, warpgroup, of_queries, take_tur
         sums = sums + product(staged(narrow, refs["p_tile"].at[warpgroup]), values, sums.shape)
     else:
         sums = pl.run_state(lambda sums: plgpu.wgmma(sums, narrow, values))(plgpu.ACC.init(sums))
-    plgpu.barrier_arrive(refs["v_free"].at[slot])
+    release(refs, "v", slot, loaded=False)
     return sums, now, total

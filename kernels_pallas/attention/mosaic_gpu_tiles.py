@@ -246,6 +246,13 @@ def fetch(refs, name: str, number, places: Mapping[str, tuple]) -> None:
             plgpu.copy_gmem_to_smem(refs[source].at[place], target, refs[f"{name}_ready"].at[slot])
 
 
+def release(refs, name: str, slot, *, loaded: bool) -> None:
+    """Hand a tile of a ring back. Copies follow the products that read it, but plain loads of it only after a fence."""
+    if loaded:
+        plgpu.commit_smem()
+    plgpu.barrier_arrive(refs[f"{name}_free"].at[slot])
+
+
 def drain(refs, name: str, steps) -> None:
     """Wait until what was copied last is read, so that no barrier is left in the middle of a phase."""
 
