@@ -10,6 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from kernels_pallas.arguments import bounded_log_decay
 from kernels_pallas.fold_tpu import roll
 
 _GRID = 16.0  # cumulative sums of multiples of 1 / 16 are exact in float32
@@ -127,8 +128,8 @@ class ChannelDecays(NamedTuple):
 
 
 def channel_decays(log_decay, documents: Masks | None) -> ChannelDecays:
-    """The decays of a chunk; log_decay [C, K], C a power of two."""
-    chunk = log_decay.shape[0]
+    """The decays of a chunk; log_decay [C, K], within any bounds, C a power of two."""
+    chunk, log_decay = log_decay.shape[0], bounded_log_decay(log_decay, jnp.float32)
     token = jax.lax.broadcasted_iota(jnp.int32, log_decay.shape, 0)
     upto, after, levels = log_decay, jnp.zeros_like(log_decay), []
     for level in range(chunk.bit_length() - 1):

@@ -2,9 +2,10 @@
 
 import jax.numpy as jnp
 
+from kernels_pallas.arguments import bounded_log_decay
 from kernels_pallas.dispatch import unfit
 from kernels_pallas.fold_tpu import LANES, Tokens, fill, filled
-from kernels_pallas.segments import Documents
+from kernels_pallas.segments import Documents, silence
 
 WIDEST = 256
 """Key and value widths of which a state and its gradient are sure to fit in VMEM beside everything else."""
@@ -16,6 +17,13 @@ def obstacles(k, v, **others) -> list[str]:
         f"{name} of width {x.shape[3]} (at most {WIDEST})" for name, x in (("k", k), ("v", v)) if x.shape[3] > WIDEST
     ]
     return unfit({"k": k, "v": v, **others}, "float32", "bfloat16") + wide
+
+
+def gate(documents: Documents | None, log_decay):
+    """A log-decay, 0 at padding; per head float32 and within bounds, per channel as it is: kernels bound it."""
+    if log_decay is not None and log_decay.ndim == 3:
+        log_decay = bounded_log_decay(log_decay, jnp.float32)
+    return silence(documents, log_decay)
 
 
 def along(value, chunk: int, width: int = LANES):

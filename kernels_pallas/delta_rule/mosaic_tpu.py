@@ -18,8 +18,8 @@ from kernels_pallas.decay_tpu import (
     matmul,
     order,
 )
-from kernels_pallas.delta_rule import reference
 from kernels_pallas.fold_tpu import Plan, chunk_size, fold, on_values, simulation
+from kernels_pallas.segments import silence
 
 
 def obstacles(q, k, v, beta, log_decay) -> list[str]:
@@ -37,7 +37,8 @@ def delta_rule(q, k, v, beta, log_decay, state, documents, *, blocks, simulated)
 
     Returns y [B,T,H,V] in v's dtype and the state.
     """
-    q, k, v, beta, log_decay = reference.prepare(documents, (q, k, v, beta, log_decay), state.dtype)
+    q, k, v, beta = (silence(documents, value) for value in (q, k, v, beta))
+    log_decay = heads_tpu.gate(documents, log_decay)
     batch, time, heads, values = v.shape
     chunk = chunk_size(blocks["chunk"], time, power_of_two=True)
     inputs = [heads_tpu.along(value, chunk) for value in (q, k, v)]

@@ -18,7 +18,7 @@ from kernels_pallas.decay_tpu import (
     order,
 )
 from kernels_pallas.fold_tpu import LANES, Plan, Tokens, chunk_size, fold, on_values, simulation
-from kernels_pallas.linear_attention import reference
+from kernels_pallas.segments import silence
 
 
 def obstacles(q, k, v, log_decay) -> list[str]:
@@ -36,9 +36,10 @@ def heuristic(q, k, v, log_decay) -> dict[str, int]:
 
 def linear_attention(q, k, v, log_decay, state, documents, *, blocks, simulated):
     """q, k [B,T,G,K], v [B,T,H,V], log_decay None, [B,T,H] or [B,T,H,K], state [B,H,K,V] -> y as v, state."""
-    q, k, v, log_decay = reference.prepare(documents, (q, k, v, log_decay), state.dtype)
     batch, time, heads, values = v.shape
     per_channel = log_decay is not None and log_decay.ndim == 4
+    q, k, v = (silence(documents, value) for value in (q, k, v))
+    log_decay = heads_tpu.gate(documents, log_decay)
     chunk = chunk_size(blocks["chunk"], time, power_of_two=per_channel)
     if per_channel:
         together, width = 1, LANES

@@ -18,9 +18,7 @@ from kernels_pallas.fold_tpu import (
     roll,
     simulation,
 )
-from kernels_pallas.linear_recurrence import reference
-
-_FORGET = -104.0  # exp of it is 0 in float32
+from kernels_pallas.segments import silence
 
 
 def obstacles(log_a, x) -> list[str]:
@@ -29,16 +27,16 @@ def obstacles(log_a, x) -> list[str]:
 
 
 def heuristic(log_a, x) -> dict[str, int]:
-    """256 tokens of 512 channels: two megabytes for all buffers, and long transfers."""
+    """256 tokens of 512 channels: two megabytes of buffers forward, and long transfers."""
     return {"chunk": 256, "channels": 512}
 
 
 def linear_recurrence(log_a, x, state, documents, *, blocks, simulated):
     """log_a, x [B,T,D], state [B,D], documents or None -> h [B,T,D] in x's dtype, state [B,D]."""
     (batch, time, channels), chunk = x.shape, chunk_size(blocks["chunk"], x.shape[1])
-    log_a, x = reference.prepare(documents, (log_a, x), state.dtype)
+    log_a, x = (silence(documents, value) for value in (log_a, x))
     if documents is not None:
-        log_a = jnp.where(documents.starts()[..., None], _FORGET, log_a)
+        log_a = jnp.where(documents.starts()[..., None], -jnp.inf, log_a)
     inputs = tuple(fill(fill(value, 1, chunk), 2, LANES) for value in (log_a, x))
     width = channel_block(inputs[0].shape[2], blocks["channels"])
     parts = inputs[0].shape[2] // width
@@ -61,6 +59,11 @@ def _scratch(chunk, tile):
     return [(chunk, tile[1])]
 
 
+def _decay(log_a):
+    """Log-decays above 0 count as 0, see `arguments.bounded_log_decay`; of those far below exp is 0 anyhow."""
+    return jnp.exp(jnp.minimum(log_a.astype(jnp.float32), 0))
+
+
 def _rows(index):
     return pl.ds(pl.multiple_of(index * TOKENS, TOKENS), TOKENS)
 
@@ -81,7 +84,7 @@ def _forward(state, marks, inputs, shared, y):
 
     def group(index, state):
         rows = _rows(index)
-        h = _scanned(jnp.exp(log_a[rows, :]), x[rows, :].astype(state.dtype), state)
+        h = _scanned(_decay(log_a[rows, :]), x[rows, :].astype(state.dtype), state)
         y[rows, :] = h.astype(y.dtype)
         return h[TOKENS - 1 :]
 
@@ -96,7 +99,7 @@ def _backward(state, marks, inputs, shared, dstate, dy, dinputs, dshared, scratc
 
     def recompute(index, state):
         rows = _rows(index)
-        h = _scanned(jnp.exp(log_a[rows, :]), x[rows, :].astype(state.dtype), state)
+        h = _scanned(_decay(log_a[rows, :]), x[rows, :].astype(state.dtype), state)
         before[rows, :] = jnp.where(row == 0, state, roll(h, 1))
         return h[TOKENS - 1 :]
 
@@ -104,10 +107,11 @@ def _backward(state, marks, inputs, shared, dstate, dy, dinputs, dshared, scratc
 
     def group(step, dstate):
         rows = _rows(groups - 1 - step)
-        decay, dh = jnp.exp(log_a[rows, :]), dy[rows, :].astype(dstate.dtype)
+        decay, dh = _decay(log_a[rows, :]), dy[rows, :].astype(dstate.dtype)
         flowing = _scanned(decay, decay * dh, dstate, reverse=True)
         dx[rows, :] = (dh + jnp.where(row == TOKENS - 1, dstate, roll(flowing, -1))).astype(dx.dtype)
-        dlog_a[rows, :] = flowing * before[rows, :]
+        change = jnp.where(log_a[rows, :] > 0, 0, flowing * before[rows, :])
+        dlog_a[rows, :] = change.astype(dlog_a.dtype)
         return flowing[:1]
 
     return jax.lax.fori_loop(0, groups, group, dstate)
