@@ -1,10 +1,11 @@
 """States in front of every chunk: a kernel that goes through the chunks of a row and head one after the other.
 
-A block holds a part [K, 64] of the state in registers (float32) and does nothing but carry it on: what reads the states
-runs afterwards, over all chunks at once (`read_gpu`). With `reverse` the same kernel carries the gradients of states
-from the last chunk to the first.
+A block holds a part [128, 64] of the state in registers (float32) and does nothing but carry it on: what reads the
+states runs afterwards, over all chunks at once (`read_gpu`). Where too few blocks would fill the chip, the length is
+cut into spans. With `reverse` the same kernel carries the gradients of states from the last chunk to the first.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -19,7 +20,6 @@ from kernels_pallas.chunk_states.tiles import (
     WGMMA,
     along_rows,
     floats,
-    interpreter,
     loop,
     product,
     quotient,
@@ -27,6 +27,8 @@ from kernels_pallas.chunk_states.tiles import (
     tile,
     vector,
 )
+from kernels_pallas.hopper import interpreted
+from kernels_pallas.scan_gpu import entering, spans
 
 VALUES = 64
 """Columns of a state that a block holds."""
@@ -52,7 +54,7 @@ class Corrects(NamedTuple):
 class Advanced(NamedTuple):
     """What comes of going through the chunks; None where it was not asked for."""
 
-    states: jax.Array  # bfloat16 [B, N, H, K, V], in front of each chunk in the order of going
+    states: jax.Array | None  # bfloat16 [B, N, H, K, V], in front of each chunk in the order of going
     last: jax.Array  # float32 [B, H, K, V]
     values: jax.Array | None  # bfloat16 [B, T, H, V], the corrected values
     kept: jax.Array | None  # float32 [B, N, H, K], sums of state ∘ against over V
@@ -74,7 +76,19 @@ def advance(
         whole: float32 [B, N, H, K]. state: float32 [B, H, K, V] in front of the first chunk in the order of going.
         against: bfloat16 [B, N, H, K, V], other states to multiply with.
     """
-    plan = _Plan(whole.shape, state.shape, writes, corrects, against is not None, reverse)
+    count = 1
+    if corrects is None:
+        (batch, chunks, heads, keys), values = whole.shape, state.shape[3]
+        most = spans(batch * heads * (keys // _block(keys)) * (values // VALUES), chunks)
+        count = max(n for n in range(1, most + 1) if chunks % n == 0)
+    if count > 1:
+        return _advance_spans(count, whole, state, writes, against, reverse=reverse, simulated=simulated)
+    return _advance(whole, state, writes, corrects, against, reverse=reverse, simulated=simulated)
+
+
+def _advance(whole, state, writes, corrects=None, against=None, *, reverse, simulated, only_last=False) -> Advanced:
+    """One block for the whole length; with `only_last` nothing but the last state comes out."""
+    plan = _Plan(whole.shape, state.shape, writes, corrects, against is not None, reverse, only_last)
     results = plgpu.kernel(
         plan.body,
         out_type=plan.outputs(),
@@ -82,11 +96,44 @@ def advance(
         grid_names=("batch", "head", "key", "value"),
         scratch_types=plan.scratch(),
         kernel_name="chunk_states_advance_back" if reverse else "chunk_states_advance",
-        interpret=interpreter(simulated),
+        interpret=interpreted(simulated),
     )(state, *(value for value in (whole, *(writes or ()), *(corrects or ())[:3], against) if value is not None))
     named = dict(zip(plan.results, results, strict=True))
     kept = jnp.sum(named["kept"], axis=3) if "kept" in named else None
-    return Advanced(named["states"], named["last"], named.get("corrected"), kept)
+    return Advanced(named.get("states"), named["last"], named.get("corrected"), kept)
+
+
+def _advance_spans(count, whole, state, writes, against, *, reverse, simulated) -> Advanced:
+    """The length in `count` spans with a block each, as if they were rows: from a zero state for what they add to it,
+    and again from the states that then enter them.
+    """
+    batch = whole.shape[0]
+
+    def split(value):
+        """[B, N or T, ...] as [B * count, N or T / count, ...]."""
+        return value.reshape(batch * count, -1, *value.shape[2:])
+
+    def joined(value):
+        return None if value is None else value.reshape(batch, -1, *value.shape[2:])
+
+    if writes.rows is not None:
+        writes = writes._replace(rows=split(writes.rows.swapaxes(1, 2)).swapaxes(1, 2))
+    writes = writes._replace(keys=split(writes.keys), values=split(writes.values))
+    against = None if against is None else split(against)
+    decays = jnp.prod(whole.reshape(batch, count, -1, *whole.shape[2:]), axis=2)[..., None]
+    whole = split(whole)
+    one = functools.partial(_advance, whole, writes=writes, reverse=reverse, simulated=simulated)
+    ends = one(state=jnp.zeros((batch * count, *state.shape[1:]), state.dtype), only_last=True).last
+    ends = ends.reshape(batch, count, *state.shape[1:])
+    first = entering(decays, ends, state, reverse=reverse)
+    got = one(state=first.reshape(batch * count, *state.shape[1:]), against=against)
+    last = got.last.reshape(ends.shape)[:, 0 if reverse else -1]
+    return Advanced(joined(got.states), last, None, joined(got.kept))
+
+
+def _block(keys: int) -> int:
+    """Rows of a state that a block holds, where it need not hold all."""
+    return 128 if keys % 128 == 0 else 64
 
 
 class _Plan:
@@ -94,11 +141,11 @@ class _Plan:
 
     stages = 2
 
-    def __init__(self, whole, state, writes, corrects, against, reverse):
+    def __init__(self, whole, state, writes, corrects, against, reverse, only_last):
         self.batch, self.chunks = whole[:2]
         self.heads, self.keys, self.values = state[1:]
         # Corrections need all keys of a state in one block; terms that are only added do not.
-        self.block = self.keys if corrects else 64 * (2 if self.keys % 128 == 0 else 1)
+        self.block = self.keys if corrects else _block(self.keys)
         self.repeats = self.heads // writes.keys.shape[2] if writes else 1
         self.scaled = writes is not None and writes.rows is not None
         self.sign = corrects.sign if corrects else 0
@@ -107,7 +154,9 @@ class _Plan:
         self.loads += ["keys", "values"] * (writes is not None) + ["rows"] * self.scaled
         self.loads += ["corrected_reads", "corrected_keys", "corrected_values"] * (corrects is not None)
         self.loads += ["against"] * against
-        self.results = ["states", "last"] + ["corrected"] * (corrects is not None) + ["kept"] * against
+        self.results = (
+            ["states"] * (not only_last) + ["last"] + ["corrected"] * (corrects is not None) + ["kept"] * against
+        )
 
     def outputs(self):
         batch, chunks, heads, keys, values = self.batch, self.chunks, self.heads, self.keys, self.values
@@ -126,7 +175,7 @@ class _Plan:
         kinds |= {name: tile(stages, CHUNK, block) for name in ("keys", "corrected_reads", "corrected_keys")}
         kinds |= {name: tile(stages, CHUNK, VALUES) for name in ("values", "corrected_values")}
         kinds["against"] = tile(stages, block, VALUES)
-        own = {"state": tile(block, VALUES)}
+        own = {"state": tile(block, VALUES)} if "states" in self.results else {}
         if self.scaled:
             own["scaled"] = tile(CHUNK, VALUES)
         if self.sign:
@@ -196,7 +245,8 @@ class _Plan:
         """The state after a chunk. All that plain loads read is read before the first `commit_smem`."""
         shape = (self.block, VALUES)
         whole = along_rows(vector(stage["whole"], ROWS), shape)
-        own["state"][...] = state.astype(jnp.bfloat16)
+        if "states" in outputs:
+            own["state"][...] = state.astype(jnp.bfloat16)
         if self.scaled:
             rows = along_rows(vector(stage["rows"], ROWS), (CHUNK, VALUES))
             own["scaled"][...] = (floats(stage["values"]) * rows).astype(jnp.bfloat16)
@@ -205,7 +255,8 @@ class _Plan:
         if self.sign:
             wanted = floats(stage["corrected_values"])
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(own["state"], outputs["states"])
+        if "states" in outputs:
+            plgpu.copy_smem_to_gmem(own["state"], outputs["states"])
         if "kept" in outputs:
             plgpu.copy_smem_to_gmem(own["kept"], outputs["kept"])
         terms = []

@@ -17,7 +17,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas.chunk_states import channel_steps
 from kernels_pallas.chunk_states.padding import Chunked, over_group
-from kernels_pallas.chunk_states.tiles import CHUNK, float_tile, interpreter, quotient, tile
+from kernels_pallas.chunk_states.tiles import CHUNK, float_tile, quotient, tile
+from kernels_pallas.hopper import interpreted
 
 _SQUARE = (CHUNK, CHUNK)
 
@@ -128,7 +129,8 @@ class _Launch:
             grid_names=tuple(self.grid),
             scratch_types=[held, plgpu.Barrier(num_arrivals=copies)],
             kernel_name=name,
-            interpret=interpreter(simulated),
+            compiler_params=plgpu.CompilerParams(approx_math=True),
+            interpret=interpreted(simulated),
         )(*self.inputs.values())
         return dict(zip(self.outputs, results, strict=True))
 

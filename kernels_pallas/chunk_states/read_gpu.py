@@ -22,7 +22,6 @@ from kernels_pallas.chunk_states.tiles import (
     along_columns,
     along_rows,
     floats,
-    interpreter,
     loop,
     product,
     quotient,
@@ -30,6 +29,7 @@ from kernels_pallas.chunk_states.tiles import (
     tile,
     vector,
 )
+from kernels_pallas.hopper import interpreted
 
 _SQUARE = (CHUNK, CHUNK)
 _ONCE = ("values", "own", "numbers_rows", "numbers_columns")  # the same for all heads that a block adds up
@@ -110,7 +110,8 @@ def read(
         grid_names=("batch", "chunk", "head", "column"),
         scratch_types=plan.scratch(list(arrays)),
         kernel_name=f"chunk_states_read{'_decayed' * plan.decayed}{'_turned' * plan.turned}{'_back' * reverse}",
-        interpret=interpreter(simulated),
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        interpret=interpreted(simulated),
     )(*arrays.values())
     named = dict(zip(plan.results, results, strict=True))
     dots = jnp.moveaxis(jnp.sum(named["dots"], axis=3), 3, 0) if "dots" in named else None

@@ -6,6 +6,8 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from kernels_pallas import hopper
+
 CHUNK = 64
 """Tokens of a chunk: the rows of a tensor core instruction."""
 
@@ -16,8 +18,7 @@ ROWS, COLUMNS = WGMMA.reduce(1), WGMMA.reduce(0)
 
 def tile(*shape: int):
     """Shared memory for a bfloat16 [..., rows, columns] operand of the tensor cores; columns a multiple of 64."""
-    swizzled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
-    return plgpu.SMEM(shape, jnp.bfloat16, transforms=swizzled)
+    return hopper.tile(shape, jnp.bfloat16)
 
 
 def quotient(number, by: int):
@@ -39,8 +40,7 @@ def loop(count: int, body, carry):
 
 def float_tile(*shape: int):
     """Shared memory for a float32 [..., rows, columns] tile; columns a multiple of 32."""
-    swizzled = (plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128))
-    return plgpu.SMEM(shape, jnp.float32, transforms=swizzled)
+    return hopper.tile(shape, jnp.float32)
 
 
 def product(*operands):

@@ -53,7 +53,7 @@ def test_equals_plain_jax(results, error, without_races, corrected):
 
 @CORRECTED
 def test_lowers_for_hopper_with_kernels_in_the_gradient(lowered_for_hopper, corrected):
-    given = arguments(2, 32, 16, 128, 128, corrected=corrected, fill=jax.ShapeDtypeStruct)
+    given = arguments(8, 32, 16, 128, 128, corrected=corrected, fill=jax.ShapeDtypeStruct)
 
     def loss(given):
         o, state = chunk_states(**given)

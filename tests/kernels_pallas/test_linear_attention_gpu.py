@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from kernels_pallas import target
+from kernels_pallas.chunk_states import advance_gpu
 from kernels_pallas.linear_attention import linear_attention, mosaic_gpu
 
 BOUNDS = {"0": 5e-3, "1": 5e-3, "dlog_decay": 2e-2}  # of bfloat16 inputs; the other gradients 8e-3
@@ -102,7 +103,7 @@ def shapes(batch, time, heads, groups, keys, values, decay):
 
 @pytest.mark.parametrize("decay", ["none", "head", "channel"])
 def test_lowers_for_hopper_with_kernels_in_the_gradient(lowered_for_hopper, decay):
-    inputs = shapes(2, 2048, 8, 8, 128, 256, decay)
+    inputs = shapes(8, 2048, 8, 8, 128, 256, decay)
 
     def loss(*inputs):
         y, state = linear_attention(*inputs, implementation="pallas")
@@ -117,6 +118,21 @@ def test_lowers_for_hopper_with_kernels_in_the_gradient(lowered_for_hopper, deca
         names = str(jax.make_jaxpr(gradient)(*inputs))
     assert "chunk_states_advance_back" in names
     assert "chunk_states_read" + "_decayed" * (decay != "channel") + "_turned_back" * (decay != "channel") in names
+
+
+@pytest.mark.parametrize("decay", ["head", pytest.param("channel", marks=pytest.mark.slow)])
+def test_a_length_in_spans(results, error, without_races, monkeypatch, decay):
+    given = arguments(250, 1, 1, 64, 64, decay)
+    monkeypatch.setattr(advance_gpu, "spans", lambda blocks, chunks: chunks // 2)
+    found = errors(results, error, given, segment_ids=jnp.asarray([[1] * 30 + [2] * 120 + [3] * 100]))
+    assert within_bounds(found), found
+
+
+def test_one_row_of_few_heads_is_cut_into_spans(lowered_for_hopper):
+    inputs = shapes(1, 16384, 24, 1, 128, 64, "head")
+    program = lowered_for_hopper(functools.partial(linear_attention, implementation="pallas"), *inputs)
+    # Of every span what it adds to a state, then the states, then what reads them.
+    assert program.count("custom_call @mosaic_gpu") == 3
 
 
 def test_as_many_heads_are_added_up_as_leave_the_chip_full():
