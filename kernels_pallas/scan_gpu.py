@@ -7,7 +7,9 @@ state gives its end state; `entering` chains these; every span again, from its o
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from types import SimpleNamespace
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +27,61 @@ SHARED_BYTES = 232448 - 2048
 
 _MULTIPROCESSORS = 132
 _STAGES = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """How one call is cut; all sizes after padding. Operators add what is theirs.
+
+    Attributes:
+        groups: of channels. width: channels of a group. block: groups of a block.
+        chunk: tokens that are loaded at once, a multiple of 8.
+        length: chunks of a span. spans: blocks along a row.
+        simulated: in the interpreter.
+    """
+
+    batch: int
+    groups: int
+    width: int
+    chunk: int
+    length: int
+    spans: int
+    simulated: bool
+    block: ClassVar[int] = 1
+
+    @property
+    def time(self) -> int:
+        """T: tokens of a row."""
+        return self.spans * self.length * self.chunk
+
+    @property
+    def channels(self) -> int:
+        """D: of all groups."""
+        return self.groups * self.width
+
+    @property
+    def own(self) -> tuple[int, ...]:
+        """Shape of a block's channels."""
+        return (self.width,) if self.block == 1 else (self.block, self.width)
+
+    @property
+    def grid(self) -> dict[str, int]:
+        """Blocks of the chip."""
+        return {"row": self.batch, "group": self.groups // self.block, "span": self.spans}
+
+    def here(self):
+        """In a kernel: row, group (a slice if a block has several) and span of this block."""
+        row, group, span = (jax.lax.axis_index(name) for name in self.grid)
+        return row, group if self.block == 1 else pl.ds(group * self.block, self.block), span
+
+    def grouped(self, value: jax.Array) -> jax.Array:
+        """[...,D] -> [...,G,W], filled with zeros."""
+        value = fill(value, **{f"axis{value.ndim - 1}": self.channels})
+        return value.reshape(*value.shape[:-1], self.groups, self.width)
+
+    def tokens(self, value: jax.Array) -> jax.Array:
+        """[B,T,D] -> [B,T,G,W], filled with zeros."""
+        return self.grouped(fill(value, axis1=self.time))
 
 
 def launch(
@@ -82,9 +139,8 @@ class Stream:
     buffers are NAME_, see `buffers`.
     """
 
-    def __init__(self, plan, references: SimpleNamespace, *names: str, reverse: bool = False):
-        """plan: with `chunk` tokens, `length` chunks in a span, and `here()`: this block's row, groups and span.
-        reverse: from the last chunk on."""
+    def __init__(self, plan: Plan, references: SimpleNamespace, *names: str, reverse: bool = False):
+        """reverse: from the last chunk on."""
         every = [(getattr(references, name), getattr(references, f"{name}_")) for name in names]
         self.pairs = [pair for pair in every if pair[0] is not None]
         self.plan, self.reverse, self.barriers = plan, reverse, references.barriers
@@ -123,8 +179,8 @@ class Stream:
             plgpu.copy_gmem_to_smem(array.at[part], buffer.at[slot], self.barriers.at[slot])
 
 
-def buffers(plan, **arrays: jax.Array | None) -> dict[str, object]:
-    """Scratch of a `Stream` of these arrays. plan: see there; and `own`, the shape of a block's channels."""
+def buffers(plan: Plan, **arrays: jax.Array | None) -> dict[str, object]:
+    """Scratch of a `Stream` of these arrays."""
 
     def memory(value):
         if value is None:

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 
 from kernels_pallas.dispatch import unfit
 from kernels_pallas.linear_recurrence import mosaic_gpu_bodies, reference
-from kernels_pallas.linear_recurrence.mosaic_gpu_bodies import WIDTH, Plan
-from kernels_pallas.scan_gpu import RESET, SHARED_BYTES, cut, entering, fill, spans
+from kernels_pallas.linear_recurrence.mosaic_gpu_bodies import WIDTH
+from kernels_pallas.scan_gpu import RESET, SHARED_BYTES, Plan, cut, entering, spans
 
 
 def obstacles(log_a, x) -> list[str]:
@@ -22,7 +22,7 @@ def obstacles(log_a, x) -> list[str]:
 
 
 def heuristic(log_a, x) -> dict[str, int]:
-    """chunk and spans, see `Plan`.
+    """chunk and spans, see `scan_gpu.Plan`.
 
     With 32 tokens of x in bfloat16 two blocks of the backward pass share a multiprocessor, each with a chunk of 32 KiB
     on its way: about what is needed to keep the memory busy. In float32 half of that leaves room for three.
@@ -39,7 +39,16 @@ def linear_recurrence(log_a, x, state, documents, *, blocks, simulated):
         return h.astype(x.dtype), last
     token = WIDTH * (2 * (4 + 2 * size) + 4 + size)  # two buffers of log_a, x and dy; the gradients of log_a and x
     chunk = max(8, min(blocks["chunk"], SHARED_BYTES // token) // 8 * 8)
-    plan = Plan(batch, -(-channels // WIDTH), chunk, *cut(time, chunk, blocks["spans"]), simulated)
+    length, count = cut(time, chunk, blocks["spans"])
+    plan = Plan(
+        batch=batch,
+        groups=-(-channels // WIDTH),
+        width=WIDTH,
+        chunk=chunk,
+        length=length,
+        spans=count,
+        simulated=simulated,
+    )
     return _scan(plan, log_a, x, state, documents)
 
 
@@ -48,14 +57,7 @@ def _arranged(plan: Plan, log_a, x, state, documents):
     log_a, x = reference.prepare(documents, (log_a, x), jnp.float32)
     if documents is not None:
         log_a = jnp.where(documents.starts()[..., None], RESET, log_a)
-    state = fill(state.astype(jnp.float32), axis1=plan.groups * WIDTH)
-    return _grouped(plan, log_a), _grouped(plan, x), state.reshape(plan.batch, plan.groups, WIDTH)
-
-
-def _grouped(plan: Plan, value):
-    """[B,T,D] -> [B,T,G,128]."""
-    value = fill(value, axis1=plan.time, axis2=plan.groups * WIDTH)
-    return value.reshape(*value.shape[:2], plan.groups, WIDTH)
+    return plan.tokens(log_a), plan.tokens(x), plan.grouped(state.astype(jnp.float32))
 
 
 def _decays(plan: Plan, log_a):
@@ -89,8 +91,8 @@ def _forward(plan, *inputs):
 def _backward(plan, residuals, cotangents):
     (*values, documents), kept = residuals
     (log_a, x, _), pull = jax.vjp(lambda *values: _arranged(plan, *values, documents), *values)
-    dlast = fill(cotangents[1].astype(jnp.float32), axis1=plan.groups * WIDTH).reshape(plan.batch, plan.groups, WIDTH)
-    dh, states = _grouped(plan, cotangents[0]), dlast[:, None]
+    dh, dlast = plan.tokens(cotangents[0]), plan.grouped(cotangents[1].astype(jnp.float32))
+    states = dlast[:, None]
     if plan.spans > 1:
         ends = mosaic_gpu_bodies.ends(plan, log_a, dh, reverse=True)
         states = entering(_decays(plan, log_a), ends, dlast, reverse=True)

@@ -3,61 +3,25 @@
 Arrays: log_a (float32), x, y [B,T,G,128] of G groups of channels; states [B,...,G,128] in float32.
 """
 
-from dataclasses import dataclass
-
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels_pallas.scan_gpu import LOG2E, Stream, buffers, exp2, fold_tokens, launch
+from kernels_pallas.scan_gpu import LOG2E, Plan, Stream, buffers, exp2, fold_tokens, launch
 
 WIDTH = 128
 _UNROLLED = 8
 _LAYOUT = plgpu.Layout.WG_STRIDED((WIDTH,), vec_size=1)
 
 
-@dataclass(frozen=True)
-class Plan:
-    """Sizes of one call, all after padding.
-
-    Attributes:
-        groups: of channels.
-        chunk: tokens that are loaded at once, and between two states that are kept for the gradient; a multiple of 8.
-        length: chunks of a span. spans: see `scan_gpu`.
-        simulated: in the interpreter.
-    """
-
-    batch: int
-    groups: int
-    chunk: int
-    length: int
-    spans: int
-    simulated: bool
-
-    own = (WIDTH,)
-
-    @property
-    def time(self) -> int:
-        """T: tokens of a row."""
-        return self.spans * self.length * self.chunk
-
-    @property
-    def grid(self) -> dict[str, int]:
-        """Blocks of the chip."""
-        return {"row": self.batch, "group": self.groups, "span": self.spans}
-
-    def here(self):
-        """Row, group and span of this block."""
-        return tuple(jax.lax.axis_index(name) for name in self.grid)
-
-    def decay(self, log_a: jax.Array) -> jax.Array:
-        """exp(log_a)."""
-        return exp2(log_a * LOG2E, _LAYOUT, simulated=self.simulated)
-
-
 def load(reference) -> jax.Array:
     """Values of the 128 channels, in float32."""
     return plgpu.load(reference, layout=_LAYOUT, optimized=False).astype(jnp.float32)
+
+
+def decay(plan: Plan, log_a: jax.Array) -> jax.Array:
+    """exp(log_a)."""
+    return exp2(log_a * LOG2E, _LAYOUT, simulated=plan.simulated)
 
 
 def scan(plan: Plan, log_a, x, entering, *, keep: bool):
@@ -80,7 +44,7 @@ def scan(plan: Plan, log_a, x, entering, *, keep: bool):
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
             def token(t, h):
-                h = plan.decay(load(r.log_a_.at[slot, t])) * h + load(r.x_.at[slot, t])
+                h = decay(plan, load(r.log_a_.at[slot, t])) * h + load(r.x_.at[slot, t])
                 r.y_.at[t][...] = h.astype(r.y_.dtype)
                 return h
 
@@ -120,8 +84,8 @@ def ends(plan: Plan, log_a, v, *, reverse: bool):
 
             def token(t, h):
                 t = plan.chunk - 1 - t if reverse else t
-                decay, v = plan.decay(load(r.log_a_.at[slot, t])), load(r.v_.at[slot, t])
-                return decay * (h + v) if reverse else decay * h + v
+                a, v = decay(plan, load(r.log_a_.at[slot, t])), load(r.v_.at[slot, t])
+                return a * (h + v) if reverse else a * h + v
 
             h = fold_tokens(plan.chunk, token, h, unrolled=_UNROLLED)
             plgpu.commit_smem()
@@ -160,7 +124,7 @@ def gradients(plan: Plan, log_a, x, states, dy, entering):
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
             def recompute(t, h):
-                kept = plan.decay(load(r.log_a_.at[slot, t])) * h
+                kept = decay(plan, load(r.log_a_.at[slot, t])) * h
                 r.dlog_a_.at[t][...] = kept
                 return kept + load(r.x_.at[slot, t])
 
@@ -169,7 +133,7 @@ def gradients(plan: Plan, log_a, x, states, dy, entering):
                 dh = dh + load(r.dy_.at[slot, t])
                 r.dx_.at[t][...] = dh.astype(r.dx_.dtype)
                 r.dlog_a_.at[t][...] = dh * load(r.dlog_a_.at[t])
-                return dh * plan.decay(load(r.log_a_.at[slot, t]))
+                return dh * decay(plan, load(r.log_a_.at[slot, t]))
 
             fold_tokens(plan.chunk, recompute, h, unrolled=_UNROLLED)
             dh = fold_tokens(plan.chunk, token, dh, unrolled=_UNROLLED)

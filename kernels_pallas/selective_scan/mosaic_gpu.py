@@ -51,8 +51,18 @@ def _planned(u, dt, B, blocks, simulated) -> Plan:
     part, states = blocks["part"], _states(B)
     group = WARPS * width(states)
     chunk = max(8, min(blocks["chunk"], SHARED_BYTES // _token_bytes(u, dt, group, states, part)) // 8 * 8)
-    groups = -(-channels // group) * WARPS
-    return Plan(batch, groups, states, chunk, part, *cut(time, chunk, blocks["spans"]), simulated)
+    length, count = cut(time, chunk, blocks["spans"])
+    return Plan(
+        batch=batch,
+        groups=-(-channels // group) * WARPS,
+        width=width(states),
+        chunk=chunk,
+        length=length,
+        spans=count,
+        simulated=simulated,
+        states=states,
+        part=part,
+    )
 
 
 def _token_bytes(u, dt, group, states, part) -> int:
@@ -68,26 +78,19 @@ def _arranged(plan: Plan, u, dt, A, B, C, D, state, documents):
     B, C = (fill(x.astype(jnp.float32), axis1=plan.time, axis2=plan.states) for x in (B, C))
     D = jnp.zeros(u.shape[2:], jnp.float32) if D is None else D.astype(jnp.float32)
     return (
-        _grouped(plan, u),
-        _grouped(plan, dt),
+        plan.tokens(u),
+        plan.tokens(dt),
         jnp.concatenate([B, C], axis=2),
         _tiled(plan, A.astype(jnp.float32) * LOG2E),
-        fill(D, axis0=plan.channels).reshape(plan.groups, plan.width),
+        plan.grouped(D),
         _tiled(plan, state.astype(jnp.float32)),
     )
 
 
-def _grouped(plan: Plan, value):
-    """[B,T,D] -> [B,T,G,W]."""
-    value = fill(value, axis1=plan.time, axis2=plan.channels)
-    return value.reshape(*value.shape[:2], plan.groups, plan.width)
-
-
 def _tiled(plan: Plan, value):
     """[...,D,N] -> [...,G,N,W]."""
-    axis = value.ndim - 2
-    value = fill(value, **{f"axis{axis}": plan.channels, f"axis{axis + 1}": plan.states})
-    return value.reshape(*value.shape[:axis], plan.groups, plan.width, plan.states).swapaxes(-1, -2)
+    value = plan.grouped(value.swapaxes(-1, -2))
+    return fill(value, **{f"axis{value.ndim - 3}": plan.states}).swapaxes(-3, -2)
 
 
 def _marks(plan: Plan, documents):
@@ -134,7 +137,7 @@ def _backward(plan, residuals, cotangents):
     (*values, documents), kept = residuals
     arranged, pull = jax.vjp(lambda *values: _arranged(plan, *values, documents), *values)
     (u, dt, projections, A, D, _), marks = arranged, _marks(plan, documents)
-    dy, dlast = _grouped(plan, cotangents[0]), _tiled(plan, cotangents[1].astype(jnp.float32))
+    dy, dlast = plan.tokens(cotangents[0]), _tiled(plan, cotangents[1].astype(jnp.float32))
     states = dlast[:, None]
     if plan.spans > 1:
         ends = mosaic_gpu_forward.ends(plan, dy, dt, projections, marks, A, reverse=True)

@@ -2,13 +2,13 @@
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels_pallas.scan_gpu import exp2
+from kernels_pallas import scan_gpu
 
 WARPS = 4
 
@@ -18,8 +18,8 @@ def width(states: int) -> int:
     return min(32, 512 // states)
 
 
-@dataclass(frozen=True)
-class Plan:
+@dataclass(frozen=True, kw_only=True)
+class Plan(scan_gpu.Plan):
     """Sizes of one call, all after padding.
 
     A block holds a tile of states [4 warps, N states, W channels], 16 numbers per thread (8 for N = 8). In a warp, 4
@@ -27,52 +27,18 @@ class Plan:
     channels is three; neither leaves the warp.
 
     Attributes:
-        states: N, a power of two from 8 to 64.
-        chunk: tokens that are loaded at once, and between two states that are kept for the gradient; a multiple of 8.
+        states: N, a power of two from 8 to 64. `width` is that of so many.
         part: tokens whose decays and states the backward pass holds in registers at a time: 1, 2, 4 or 8.
-        length: chunks of a span. spans: see `scan_gpu`.
-        groups: of W channels, a multiple of 4.
-        simulated: in the interpreter.
     """
 
-    batch: int
-    groups: int
     states: int
-    chunk: int
     part: int
-    length: int
-    spans: int
-    simulated: bool
-
-    @property
-    def width(self) -> int:
-        """W: channels of a warp."""
-        return width(self.states)
-
-    @property
-    def channels(self) -> int:
-        """D: of all blocks."""
-        return self.groups * self.width
-
-    @property
-    def time(self) -> int:
-        """T: tokens of a row."""
-        return self.spans * self.length * self.chunk
+    block: ClassVar[int] = WARPS
 
     @property
     def tile(self) -> tuple[int, int, int]:
         """Shape of a block's states."""
         return WARPS, self.states, self.width
-
-    @property
-    def own(self) -> tuple[int, int]:
-        """Shape of a block's channels."""
-        return WARPS, self.width
-
-    @property
-    def grid(self) -> dict[str, int]:
-        """Blocks of the chip."""
-        return {"row": self.batch, "group": self.groups // WARPS, "span": self.spans}
 
     @cached_property
     def layout(self):
@@ -100,9 +66,4 @@ class Plan:
     def decay(self, dt: jax.Array, A: jax.Array, mark) -> jax.Array:
         """2^(dt A + mark) of dt [4, W], A a tile in base 2, mark a number or None."""
         exponent = self.spread(dt) * A
-        return exp2(exponent if mark is None else exponent + mark, self.layout, simulated=self.simulated)
-
-    def here(self):
-        """Row, slice of groups and span of this block."""
-        row, group, span = (jax.lax.axis_index(name) for name in self.grid)
-        return row, pl.ds(group * WARPS, WARPS), span
+        return scan_gpu.exp2(exponent if mark is None else exponent + mark, self.layout, simulated=self.simulated)

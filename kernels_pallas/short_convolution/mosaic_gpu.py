@@ -44,8 +44,17 @@ def short_convolution(x, w, bias, state, documents, *, blocks, simulated):
     width = 128 if channels % 256 else 256
     chunk = max(8, min(blocks["chunk"], 64) // 8 * 8)
     chunks = -(-time // chunk)
-    spans = cut(time, chunk, -(-chunks // blocks["length"]))
-    plan = Plan(batch, -(-channels // width), width, taps, chunk, *spans, simulated)
+    length, spans = cut(time, chunk, -(-chunks // blocks["length"]))
+    plan = Plan(
+        batch=batch,
+        groups=-(-channels // width),
+        width=width,
+        chunk=chunk,
+        length=length,
+        spans=spans,
+        simulated=simulated,
+        taps=taps,
+    )
     moved, number, _ = xla.in_order(silence(documents, x), documents)
     return _convolve(plan, x, w, bias, state, documents), xla.last_inputs(moved, state, number, documents)
 
@@ -57,14 +66,8 @@ def _arranged(plan: Plan, x, w, bias, state, documents):
     reach = None if number is None else fill(xla.reach(number, taps), axis1=plan.time)
     bias = jnp.zeros(channels, jnp.float32) if bias is None else bias.astype(jnp.float32)
     newest_first = w.astype(jnp.float32)[::-1], bias, state.astype(jnp.float32)[:, ::-1]
-    values = _grouped(plan, fill(x, axis1=plan.time)), *(_grouped(plan, value) for value in newest_first)
+    values = plan.tokens(x), *map(plan.grouped, newest_first)
     return values, reach, lambda y: back(y.reshape(*y.shape[:2], -1)[:, :time, :channels])
-
-
-def _grouped(plan: Plan, value):
-    """[...,D] -> [...,G,C]."""
-    value = fill(value, **{f"axis{value.ndim - 1}": plan.groups * plan.width})
-    return value.reshape(*value.shape[:-1], plan.groups, plan.width)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -81,8 +84,7 @@ def _backward(plan, inputs, dy):
     *values, documents = inputs
     (x, w, _, state), pull, reach = jax.vjp(lambda *v: _arranged(plan, *v, documents)[:2], *values, has_aux=True)
     dy, _, _ = xla.in_order(silence(documents, dy), documents)
-    dy = _grouped(plan, fill(dy, axis1=plan.time))
-    dx, dw, dbias, dstate = mosaic_gpu_bodies.gradients(plan, x, w, state, reach, dy)
+    dx, dw, dbias, dstate = mosaic_gpu_bodies.gradients(plan, x, w, state, reach, plan.tokens(dy))
     return *pull((dx, dw.sum((0, 1)), dbias.sum((0, 1)), dstate)), None
 
 

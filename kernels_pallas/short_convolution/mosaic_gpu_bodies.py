@@ -12,54 +12,27 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from kernels_pallas import scan_gpu
 from kernels_pallas.scan_gpu import Stream, buffers, fold_tokens, launch
 
 _UNROLLED = 8
 
 
-@dataclass(frozen=True)
-class Plan:
+@dataclass(frozen=True, kw_only=True)
+class Plan(scan_gpu.Plan):
     """Sizes of one call, all after padding.
 
     Attributes:
-        groups: of channels. width: channels of a group, 128 or 256: one or two in every thread.
+        width: 128 or 256: one channel or two in every thread.
         taps: W, at least 2.
-        chunk: tokens that are loaded at once, a multiple of 8. length: chunks of a span.
-        simulated: in the interpreter.
     """
 
-    batch: int
-    groups: int
-    width: int
     taps: int
-    chunk: int
-    length: int
-    spans: int
-    simulated: bool
-
-    @property
-    def own(self) -> tuple[int]:
-        """Shape of a block's channels."""
-        return (self.width,)
-
-    @property
-    def time(self) -> int:
-        """T: tokens of a row."""
-        return self.spans * self.length * self.chunk
-
-    @property
-    def grid(self) -> dict[str, int]:
-        """Blocks of the chip."""
-        return {"row": self.batch, "group": self.groups, "span": self.spans}
 
     @property
     def layout(self):
         """Of channels in registers."""
         return plgpu.Layout.WG_STRIDED((self.width,), vec_size=self.width // 128)
-
-    def here(self):
-        """Row, group and span of this block."""
-        return tuple(jax.lax.axis_index(name) for name in self.grid)
 
     def load(self, reference) -> jax.Array:
         """Values of the block's channels, in float32."""
