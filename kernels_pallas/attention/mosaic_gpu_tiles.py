@@ -175,8 +175,9 @@ def launch(
     scratch: Mapping[str, object],
     grid: Mapping[str, int],
     name: str,
+    threads: int = CONSUMERS + 1,
 ) -> list[jax.Array]:
-    """Run ``body(refs)`` on blocks of `CONSUMERS` + 1 warpgroups; `refs` maps names, also of absent inputs, to Refs."""
+    """Run ``body(refs)`` on blocks of so many warpgroups; `refs` maps names, also of absent inputs, to Refs."""
     given = {key: value for key, value in inputs.items() if value is not None}
     held = {key: value for key, value in scratch.items() if value is not None}
     absent = dict.fromkeys((*inputs, *scratch))
@@ -190,7 +191,7 @@ def launch(
         scratch_types=held,
         grid=tuple(grid.values()),
         grid_names=tuple(grid),
-        num_threads=CONSUMERS + 1,
+        num_threads=threads,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=plgpu.InterpretGPUParams(detect_races=True) if options.simulated else None,

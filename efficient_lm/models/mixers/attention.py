@@ -13,10 +13,11 @@ from efficient_lm.models.layers.linear import Linear
 from efficient_lm.models.layers.norms import NormSpec
 from efficient_lm.models.layers.positions import NoPositionSpec, PositionSpec, RotarySpec
 from efficient_lm.models.mixers.base import Cache, Handed, MixerSpec, dividing
-from efficient_lm.models.mixers.token_cache import TokenCache, mean_seen, memory_faults, places, rows
+from efficient_lm.models.mixers.token_cache import TokenCache, mean_seen, memory_faults, places, rows, shown
 from efficient_lm.models.parameters import ZEROS, Initialization, parameter
 from efficient_lm.spec import Count, Natural, OneOf, PerLayer, Positive
 from kernels_pallas.attention import attention, attention_weights
+from kernels_pallas.decode_attention import decode_attention
 
 HEAD_SIZE = 64
 """Values per head where neither their number nor their size is given."""
@@ -45,7 +46,8 @@ class AttentionSpec(MixerSpec):
         shares_keys: whether it takes the keys and values of the nearest layer before it that has its own and is alike
             (see `keys_alike`), and keeps none (cross-layer attention, Brandon et al. 2024, arXiv 2405.12981).
         position: how order is known.
-        implementation: which form of `kernels_pallas.attention` computes it.
+        implementation: which form of `kernels_pallas.attention` computes it; with ``pallas`` single tokens are decoded
+            by the kernel of `kernels_pallas.decode_attention`.
     """
 
     kind: Literal["attention"] = "attention"
@@ -196,7 +198,17 @@ class Attention(nnx.Module):
             return self._attend(q, seen["key"], seen["value"], self.position.bias(where, where), **masks)
         bias = self.position.bias(context.positions, seen["positions"])
         keys, values = seen["key"].astype(q.dtype), seen["value"].astype(q.dtype)
+        if q.shape[1] == 1 and bias is None and self.spec.implementation == "pallas":
+            return self._decode(q, keys, values, **shown(context, seen, self.spec.window, self.spec.kept_tokens))
         return self._attend(q, keys, values, bias, **places(context, seen))
+
+    def _decode(self, q: jax.Array, k: jax.Array, v: jax.Array, **masks: jax.Array) -> jax.Array:
+        """`_attend` for a single token of each row, by the kernel that splits the cache."""
+        spec = self.spec
+        sinks = None if self.sinks is None else self.sinks[...]
+        return decode_attention(
+            q, k, v, sinks=sinks, softcap=spec.softcap, scale=spec.scale, implementation=spec.implementation, **masks
+        )
 
     def _attend(
         self, q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None, **masks: jax.Array | None

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from efficient_lm.models.context import Context
 from efficient_lm.models.mixers.base import Cache
+from kernels_pallas.attention.visibility import Visibility
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,17 @@ def places(context: Context, visible: Cache) -> dict[str, jax.Array]:
         "segment_ids": context.segment_ids, "key_segment_ids": visible["segment_ids"],
         "query_positions": context.positions, "key_positions": visible["positions"],
     }  # fmt: skip
+
+
+def shown(context: Context, visible: Cache, window: int | None, kept: int) -> dict[str, jax.Array]:
+    """For `kernels_pallas.decode_attention` of one token in each row: which slots it sees, and how far these reach."""
+    rule = Visibility(
+        query_positions=context.positions, key_positions=visible["positions"], key_ranks=visible["positions"],
+        segment_ids=context.segment_ids, key_segment_ids=visible["segment_ids"],
+        prefix_length=None, causal=True, window=window, kept=kept, in_order=False,
+    )  # fmt: skip
+    seen = rule.mask()[:, 0]
+    return {"visible": seen, "lengths": jnp.max(seen * jnp.arange(1, seen.shape[1] + 1, dtype=jnp.int32), axis=1)}
 
 
 def mean_seen(context_length: int, window: int | None, kept: int) -> float:
