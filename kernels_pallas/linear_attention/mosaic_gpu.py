@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas.chunk_states.advance_gpu import Writes, advance
+from kernels_pallas.chunk_states.decays import head_decays
 from kernels_pallas.chunk_states.padding import TILE, Chunked, filled, over_group, widened
 from kernels_pallas.chunk_states.read_gpu import Decayed, States, read
 from kernels_pallas.chunk_states.tiles import CHUNK
@@ -63,7 +64,7 @@ def _per_head(summed, simulated, q, k, v, log_decay, state, documents):
 
 
 def _forward(summed, simulated, q, k, v, log_decay, state, documents):
-    sums, entering, leaving, whole = _decays(log_decay, v, documents)
+    sums, entering, leaving, whole = head_decays(log_decay, v, documents)
     going = advance(_per_key(whole, k), state, Writes(k, v, leaving), simulated=simulated)
     numbers = None if documents is None else documents.number
     near = Decayed(k, v, sums, numbers)
@@ -74,7 +75,7 @@ def _forward(summed, simulated, q, k, v, log_decay, state, documents):
 def _backward(summed, simulated, residuals, cotangents):
     q, k, v, log_decay, documents, states = residuals
     dy, dstate = cotangents
-    sums, entering, leaving, whole = _decays(log_decay, v, documents)
+    sums, entering, leaving, whole = head_decays(log_decay, v, documents)
     numbers = None if documents is None else documents.number
     reading = functools.partial(read, heads=v.shape[2], simulated=simulated)
     decays = log_decay is not None
@@ -99,26 +100,6 @@ def _backward(summed, simulated, residuals, cotangents):
 
 
 _per_head.defvjp(_forward, _backward)
-
-
-def _decays(log_decay, v, documents):
-    """Of each chunk, float32: log2 of the decay up to each token, the decays from the state in front to each token and
-    from each token to the state after, all [B,H,N,C], and from state to state [B,N,H].
-    """
-    batch, time, heads = v.shape[:3]
-    shape = (batch, heads, time // CHUNK, CHUNK)
-    if log_decay is None:
-        sums = jnp.zeros(shape, jnp.float32)
-    else:
-        steps = log_decay.swapaxes(1, 2).reshape(shape)
-        sums = jnp.cumsum(steps * jnp.log2(jnp.e).astype(jnp.float32), axis=3)
-    entering, leaving = jnp.exp2(sums), jnp.exp2(sums[..., -1:] - sums)
-    whole = entering[..., -1]
-    if documents is not None:
-        entering = jnp.where(documents.entered()[:, None], entering, 0)
-        leaving = jnp.where(documents.left()[:, None], leaving, 0)
-        whole = jnp.where(documents.survives()[:, None], whole, 0)
-    return sums, entering, leaving, whole.swapaxes(1, 2)
 
 
 def _per_key(whole, k):
