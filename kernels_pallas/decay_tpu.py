@@ -53,12 +53,6 @@ def column(row):
     return jnp.sum(jnp.where(down == across, row, 0), axis=1, keepdims=True)
 
 
-def row(column):
-    """[C, 1] as [1, C]."""
-    down, across = order(column.shape[0])
-    return jnp.sum(jnp.where(down == across, column, 0), axis=0, keepdims=True)
-
-
 class Masks(NamedTuple):
     """The documents of a chunk, see `segments.Marks`; bool [C, C], [C, 1], [C, 1], [1, 1]."""
 

@@ -208,6 +208,29 @@ def test_the_gradient_runs_its_own_kernel(case):
     assert program.count(f"name={operator}_forward") == program.count(f"name={operator}_backward") == 1
 
 
+FULL_TILES = {
+    selective_scan: functools.partial(scan_inputs, channels=256, states=16),
+    linear_recurrence: functools.partial(recurrence_inputs, channels=256),
+    linear_attention: heads(kind="channel", heads=2, groups=2, keys=128, values=128),
+    delta_rule: heads(kind="channel", heads=2, groups=2, keys=128, values=128, delta=True),
+}
+
+
+@pytest.mark.parametrize("operator", FULL_TILES, ids=lambda operator: operator.__name__)
+def test_inputs_and_chunk_states_are_kept_and_little_else(operator):
+    time, chunk = 512, 64
+    given = FULL_TILES[operator](np.random.default_rng(0), time, "mixed")
+    arrays = {name: jax.ShapeDtypeStruct(value.shape, jnp.float32) for name, value in given.items()}
+
+    def pullback(values):
+        return jax.vjp(lambda v: operator(**v, chunk_size=chunk, implementation="pallas"), values)[1]
+
+    with simulating("tpu"):
+        kept = jax.tree.leaves(jax.eval_shape(pullback, arrays))
+    states = given.pop("initial_state").size * time // chunk
+    assert sum(x.size for x in kept) < 1.02 * (states + sum(x.size for x in given.values()))
+
+
 @every_case
 def test_float64_is_refused(case):
     with jax.enable_x64(True), simulating("tpu"), pytest.raises(ValueError, match="cannot honour .* of dtype float64"):
