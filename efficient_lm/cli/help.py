@@ -4,7 +4,7 @@ import importlib
 from collections.abc import Sequence
 from types import ModuleType
 
-VERBS = ("train", "evaluate", "generate", "plan", "convert", "upcycle", "merge", "extract", "schema")
+VERBS = ("train", "evaluate", "generate", "plan", "convert", "upcycle", "merge", "extract", "benchmark", "schema")
 
 OPTIONS = """\
 Options
