@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from efficient_lm.cli.main import Options
 from efficient_lm.errors import ConfigError, nearest
-from efficient_lm.spec import Count, Listing, Name, Spec
+from efficient_lm.spec import Count, Listing, Spec
 
 ROOT = "benchmark"
 SUMMARY = "Measures operators against other libraries, or finds the block sizes that run fastest."
@@ -31,15 +31,15 @@ Examples
 class BenchmarkConfig(Spec):
     """What `configs/benchmark.yaml` explains."""
 
-    op: Name | None = None
-    peers: Listing[Name]
+    op: str | None = None
+    peers: Listing[str]
     shapes: Literal["peers", "models", "tiny"] = "models"
-    only: Name | None = None
+    only: str | None = None
     passes: Listing[Literal["forward", "training"]] = ("forward", "training")
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     rounds: Count = 20
-    output: Name | None = None
-    tune: Name | None = None
+    output: str | None = None
+    tune: str | None = None
 
 
 def run(overrides: Sequence[str], options: Options) -> None:

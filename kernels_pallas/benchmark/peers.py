@@ -25,15 +25,20 @@ OTHERS = {
 """Name of a peer → the package that it comes with."""
 
 
+def serves(peer: str, case: Case) -> bool:
+    """Whether a peer has a form of a case at all, installed or not."""
+    if peer in OWN:
+        return peer != "cudnn" or case.op == "attention"
+    return case.op in _TOKAMAX if peer == "tokamax" else (peer, case.op) in _TORCH
+
+
 def installed(peer: str) -> bool:
     """Whether a peer's package is there."""
     return peer in OWN or importlib.util.find_spec(OTHERS[peer]) is not None
 
 
-def jax_peer(peer: str, case: Case) -> Callable[[Mapping[str, jax.Array]], Any] | None:
-    """tokamax's form of a call; None where it has none."""
-    if peer != "tokamax":
-        return None
+def tokamax_form(case: Case) -> Callable[[Mapping[str, jax.Array]], Any]:
+    """tokamax's form of a call, of named arrays."""
     tokamax = importlib.import_module("tokamax")
     if case.op == "attention":
 
@@ -47,26 +52,17 @@ def jax_peer(peer: str, case: Case) -> Callable[[Mapping[str, jax.Array]], Any] 
         return attend
     if case.op == "grouped_matmul":
         return lambda arrays: tokamax.ragged_dot(arrays["x"], arrays["w"], arrays["group_sizes"])
-    if case.op == "linear_cross_entropy":
-        return lambda arrays: tokamax.linear_softmax_cross_entropy_loss(
-            arrays["x"], arrays["labels"], arrays["w_head"].astype(arrays["x"].dtype)
-        )
-    return None
+    return lambda arrays: tokamax.linear_softmax_cross_entropy_loss(
+        arrays["x"], arrays["labels"], arrays["w_head"].astype(arrays["x"].dtype)
+    )
 
 
-def torch_peer(peer: str, case: Case) -> Callable[[Mapping[str, Any]], Any] | None:
-    """Another library's form of a call, of named torch tensors; None where it has none."""
-    forms = {
-        ("torch", "attention"): _torch_attention,
-        ("fla", "linear_attention"): _fla_linear_attention,
-        ("fla", "delta_rule"): _fla_delta_rule,
-        ("fla", "linear_recurrence"): _fla_recurrence,
-        ("mamba_ssm", "selective_scan"): _mamba_scan,
-        ("mamba_ssm", "linear_attention"): _mamba_ssd,
-        ("causal_conv1d", "short_convolution"): _causal_conv,
-    }
-    make = forms.get((peer, case.op))
-    return None if make is None else make(case)
+def torch_form(peer: str, case: Case) -> Callable[[Mapping[str, Any]], Any]:
+    """Another library's form of a call, of named torch tensors; ValueError where it has none of this case."""
+    form = _TORCH[peer, case.op](case)
+    if form is None:
+        raise ValueError(f"{peer} has no form of this case")
+    return form
 
 
 def tensors(arrays: Mapping[str, jax.Array]) -> dict[str, Any]:
@@ -180,3 +176,15 @@ def _mamba_ssd(case: Case):
 def _causal_conv(case: Case):
     function = importlib.import_module("causal_conv1d").causal_conv1d_fn
     return lambda values: function(values["x"].transpose(1, 2), values["w"].t().contiguous()).transpose(1, 2)
+
+
+_TOKAMAX = ("attention", "grouped_matmul", "linear_cross_entropy")
+_TORCH = {
+    ("torch", "attention"): _torch_attention,
+    ("fla", "linear_attention"): _fla_linear_attention,
+    ("fla", "delta_rule"): _fla_delta_rule,
+    ("fla", "linear_recurrence"): _fla_recurrence,
+    ("mamba_ssm", "selective_scan"): _mamba_scan,
+    ("mamba_ssm", "linear_attention"): _mamba_ssd,
+    ("causal_conv1d", "short_convolution"): _causal_conv,
+}

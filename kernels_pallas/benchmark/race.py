@@ -25,20 +25,16 @@ def race(case: Case, names: Iterable[str], training: bool, rounds: int) -> list[
     """
     arrays, rows = case.inputs(), []
     wanted = None
-    for name in names:
+    for name in (name for name in names if peers.serves(name, case)):
         row: Row = {"case": case.name, "pass": "forward and backward" if training else "forward", "peer": name}
         try:
             if name in peers.OWN:
                 row |= _own(case, name, training, rounds, arrays)
             elif not peers.installed(name):
                 row["why"] = f"{peers.OTHERS[name]} is not installed"
-            elif (run := peers.jax_peer(name, case)) is not None:
-                row |= _timed(case, jax.jit(forms.training(run) if training else run), training, rounds, arrays)
-            elif (run := peers.torch_peer(name, case)) is not None:
-                wanted = forms.compiled(case, "xla", False)(arrays) if wanted is None else wanted
-                row |= _torch(case, run, training, rounds, arrays, wanted)
             else:
-                continue
+                wanted = forms.compiled(case, "xla", False)(arrays) if wanted is None else wanted
+                row |= _other(case, name, training, rounds, arrays, wanted)
         except (ValueError, RuntimeError, NotImplementedError, ImportError, AttributeError, TypeError) as error:
             row["why"] = str(error).splitlines()[0][:160]
         rows.append(row)
@@ -59,12 +55,19 @@ def _timed(case: Case, run, training: bool, rounds: int, arrays) -> Row:
     return row | {"temporary_mib": round(program.memory_analysis().temp_size_in_bytes / 2**20, 1)}
 
 
-def _torch(case: Case, function, training: bool, rounds: int, arrays, wanted) -> Row:
-    values = peers.tensors(arrays)
-    got = function(values).detach().float().cpu().numpy()
+def _other(case: Case, name: str, training: bool, rounds: int, arrays, wanted) -> Row:
+    """Another library's row; its outputs are compared with ours at full size, its gradients are taken on trust."""
+    if name == "tokamax":
+        function = peers.tokamax_form(case)
+        got = jax.jit(function)(arrays)
+    else:
+        function, values = peers.torch_form(name, case), peers.tensors(arrays)
+        got = function(values).detach().float().cpu().numpy()
     apart = gate.error(got, jax.tree.leaves(wanted)[0])
     if not apart <= gate.OUTPUT:
         return {"why": f"wrong: its outputs are off by {apart:.2g}"}
+    if name == "tokamax":
+        return _timed(case, jax.jit(forms.training(function) if training else function), training, rounds, arrays)
     run = peers.torch_training(function, values) if training else lambda: function(values)
     return _figures(case, training, timing.summary(peers.torch_milliseconds(run, rounds)), None)
 

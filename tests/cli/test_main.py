@@ -79,7 +79,7 @@ def test_options_may_stand_anywhere(run, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["trian"], "trian: no such verb; did you mean 'train'? valid: train, convert"),
+        (["trian"], "trian: no such verb; did you mean 'train'? valid: train, benchmark"),
         (["train.steps=3"], "train.steps=3: the verb comes first: efficient-lm VERB key=value"),
         (["train", "--confg-dir", "x"], "unrecognized arguments: --confg-dir; see --help"),
         (["train", "--cfg", "all"], "--cfg: invalid choice: 'all'"),

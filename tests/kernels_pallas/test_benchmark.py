@@ -1,0 +1,107 @@
+"""What `efficient-lm benchmark` measures: cases that fit their operators, a gate that a wrong form does not pass."""
+
+import dataclasses
+import json
+
+import jax
+import pytest
+
+from kernels_pallas import tuning
+from kernels_pallas.benchmark import calls, ceilings, forms, gate, peers, race
+from kernels_pallas.benchmark.cases import _SIZES, REGISTRY, SETS, Case, cases
+from kernels_pallas.benchmark.tune import choices, tune
+from kernels_pallas.target import simulating
+
+TINY = cases("linear_recurrence", "tiny", "float32")[0]
+
+
+@pytest.mark.parametrize("op", calls.CALLS)
+def test_cases_fit_their_operators(op):
+    assert set(_SIZES[op]) <= set(SETS) and cases(op, "tiny") and cases(op, "models")
+    for group in SETS:
+        for case in cases(op, group):
+            arrays = jax.eval_shape(case.inputs)
+            outputs = jax.tree.leaves(jax.eval_shape(forms.forward(case, "xla"), arrays))
+            given = sum(x.size * x.dtype.itemsize for x in arrays.values())
+            wanted = list(case.call.outputs(**case.sizes).values())
+            assert [x.shape for x in outputs[:1]] == wanted or not wanted
+            moved = given + sum(x.size * x.dtype.itemsize for x in outputs[: len(wanted)])
+            assert case.bytes(training=False) == moved, case.name
+            assert case.flops(training=False) > 0
+
+
+def test_the_registry_of_flash_linear_attention_is_among_the_peers_shapes():
+    names = " | ".join(case.name for case in cases("delta_rule", "peers"))
+    for sizes in REGISTRY:
+        assert " ".join(f"{key}{value}" for key, value in sizes.items()) in names
+
+
+def test_counts_of_work():
+    full, window = (
+        Case("attention", {"B": 1, "T": 8, "H": 2, "G": 2, "K": 4, "V": 4, **more}) for more in ({}, {"window": 2})
+    )
+    assert full.exponentials(False) == 2 * 36 and full.flops(False) == 2 * 8 * 72
+    assert window.exponentials(False) == 2 * (3 + 6 * 2)
+    scan = Case("selective_scan", {"B": 8, "T": 2048, "D": 4096, "N": 16})
+    assert scan.exponentials(False) == pytest.approx(1.07e9, rel=0.01)
+
+
+def test_ceilings_go_by_the_longest_name():
+    assert ceilings.ceiling("NVIDIA H200").bytes == 4.8e12
+    assert ceilings.ceiling("TPU v5 lite").flops < ceilings.ceiling("TPU v5").flops
+    assert ceilings.ceiling("cpu") is None
+
+
+def test_a_wrong_form_is_told_and_not_timed(monkeypatch):
+    assert gate.wrong(TINY, "xla") == []
+    right = TINY.call.function
+
+    def wrong(log_a, x, implementation):
+        h, state = right(log_a, x, implementation=implementation)
+        return (h if implementation == "reference" else h.at[0, -1].multiply(1.5)), state
+
+    monkeypatch.setitem(calls.CALLS, "linear_recurrence", dataclasses.replace(TINY.call, function=wrong))
+    faults = gate.wrong(case := cases("linear_recurrence", "tiny", "float32")[0], "xla")
+    assert any("off by" in fault for fault in faults)
+    row = race.race(case, ["xla", "fla"], False, 1)[0]
+    assert row["why"].startswith("wrong: ") and "median_ms" not in row
+
+
+def test_a_race_tells_figures_or_why_not(tmp_path):
+    rows = race.race(TINY, ["pallas", "xla", "fla", "mamba_ssm", "reference"], True, 2)
+    assert [row["peer"] for row in rows] == ["pallas", "xla", "fla", "reference"]
+    assert "backend cpu" in rows[0]["why"] and rows[2]["why"] == "fla is not installed"
+    assert 0 < rows[1]["low_ms"] <= rows[1]["median_ms"] <= rows[1]["high_ms"]
+    lines = race.table(rows).splitlines()
+    assert len(lines) == 5 and lines[2].split()[-1] == "1.00"
+    race.save(tmp_path / "x.json", "linear_recurrence", rows)
+    saved = json.loads((tmp_path / "x.json").read_text())
+    assert saved["rows"][1]["peer"] == "xla" and saved["machine"]["versions"]["jax"] == jax.__version__
+
+
+def test_peers_serve_what_they_have():
+    assert peers.serves("cudnn", cases("attention", "tiny")[0]) and not peers.serves("cudnn", TINY)
+    assert peers.serves("fla", TINY) and not peers.serves("mamba_ssm", TINY)
+
+
+def test_tuning_writes_the_fastest_choice_that_is_right(monkeypatch, tmp_path):
+    (tmp_path / "linear_recurrence").mkdir()
+    monkeypatch.setattr(tuning, "HERE", tmp_path)
+    tuning._table.cache_clear()
+    small = Case("linear_recurrence", {"B": 1, "T": 20, "D": 128}, "float32")
+    with simulating("tpu"):
+        from kernels_pallas.linear_recurrence import mosaic_tpu
+
+        monkeypatch.setattr(mosaic_tpu, "CHOICES", {"chunk": (8, 16)}, raising=False)
+        found = list(tune(small, rounds=1))
+    tuning._table.cache_clear()
+    assert [blocks for blocks, _ in found] == [{"chunk": 8}, {"chunk": 16}] == list(choices({"chunk": (8, 16)}))
+    assert all(isinstance(milliseconds, float) for _, milliseconds in found)
+    (entry,) = json.loads((tmp_path / "linear_recurrence/tuning.json").read_text())["TPU v5"].items()
+    assert entry[0] == "batch=1 time=32 channels=128" and entry[1]["blocks"] in ({"chunk": 8}, {"chunk": 16})
+    assert entry[1]["milliseconds"]["pallas"] == min(milliseconds for _, milliseconds in found)
+
+
+def test_tuning_needs_a_kernel():
+    with pytest.raises(ValueError, match="linear_recurrence: no kernel for backend cpu"):
+        list(tune(TINY, rounds=1))
