@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import math
 from collections.abc import Callable, Sequence
 from types import ModuleType
 
@@ -24,17 +25,18 @@ def module(op: str, target: Target) -> ModuleType | None:
 
 
 def ranked(op: str, target: Target, shapes: str, inputs: Sequence, **others: Sequence[str]) -> dict[str, Sequence[str]]:
-    """What `dispatch.choose` takes: the Pallas kernel before the `others` where it was measured to be faster.
+    """What `dispatch.choose` takes: what was measured first, the fastest before the others, then the rest as they come.
 
     Args:
         shapes: the `tuning.bucket` of the inputs.
         inputs: what the kernel module's `obstacles` takes.
-        others: the other implementations, each with its obstacles, the preferred first.
+        others: the other implementations, each with its obstacles, the preferred first; the kernel comes last.
     """
     held = module(op, target)
     obstacles = target.obstacles() or [f"a {target.kind}, for which it has no kernel"]
     pallas = {"pallas": obstacles if held is None else held.obstacles(*inputs)}
-    return pallas | others if tuning.faster(op, target, shapes) else others | pallas
+    times = tuning.milliseconds(op, target, shapes)
+    return dict(sorted((others | pallas).items(), key=lambda form: times.get(form[0], math.inf)))
 
 
 def recurrent(

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas import kernel, tuning
-from kernels_pallas.attention import cudnn, reference, xla
+from kernels_pallas.attention import cudnn, reference, tokamax, xla
 from kernels_pallas.attention.visibility import Visibility, document_ranks
 from kernels_pallas.dispatch import choose
 from kernels_pallas.partition import partitioned
@@ -51,8 +51,8 @@ def attention(
         query_positions, key_positions: int [B, T] and [B, S]: the order, for caches whose slots are out of order. If
             None, the index, the queries being the last T of S. Positions may restart in every document.
         return_lse: also return the logarithm of the softmax's denominator, by which parts over different keys merge.
-        implementation: "auto", "reference" (all logits at once), "xla" (in blocks of queries), "cudnn", or "pallas" (a
-            kernel, on TPUs and Hopper GPUs).
+        implementation: "auto", "reference" (all logits at once), "xla" (in blocks of queries), "cudnn", "tokamax" (the
+            package), or "pallas" (a kernel, on TPUs and Hopper GPUs).
 
     Returns:
         [B, T, H, V] in q's dtype; softmax in float32 (float64 for float64 inputs); 0 where a query sees no key. With
@@ -72,11 +72,18 @@ def attention(
     )
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     target, inputs = current(), (q, k, v, sinks, bias, visibility)
-    obstacles = {"cudnn": cudnn.obstacles(q, k, v, sinks, visibility, softcap, return_lse)}
-    obstacles |= kernel.ranked("attention", target, _bucket(q, k, v, window), (*inputs, softcap), xla=[], reference=[])
-    name = choose("attention", implementation, obstacles)
+    others = {
+        "cudnn": cudnn.obstacles(q, k, v, sinks, visibility, softcap, return_lse),
+        "xla": [],
+        "reference": [],
+        "tokamax": tokamax.obstacles(q, k, bias, sinks, visibility, softcap, return_lse),
+    }
+    forms = kernel.ranked("attention", target, _bucket(q, k, v, window), (*inputs, softcap), **others)
+    name = choose("attention", implementation, forms)
     if name == "cudnn":
         return cudnn.attention(q, k, v, bias, visibility, scale=scale)
+    if name == "tokamax":
+        return tokamax.attention(q, k, v, bias, visibility, scale=scale, softcap=softcap)
     if name == "pallas":
         y, lse = _by_kernel(target, *inputs, scale=scale, softcap=softcap)
     else:

@@ -15,7 +15,7 @@ def tune(case: Case, rounds: int) -> Iterator[tuple[Mapping[str, int], float | s
     """Measure every choice of blocks, yielding it with its milliseconds or what is wrong with it; then write the best.
 
     A choice that does not compile or computes something else is passed over. Of operators with a gradient the time
-    is of forward and backward together. The time of plain JAX goes into the table too: `auto` compares the two.
+    is of forward and backward together. The times of the other implementations go into the table too: `auto` compares.
 
     Raises:
         ValueError: no kernel runs on this machine, or none of the choices works.
@@ -40,8 +40,20 @@ def tune(case: Case, rounds: int) -> Iterator[tuple[Mapping[str, int], float | s
             best = found, blocks
     if best is None:
         raise ValueError(f"{case.op}: no choice of blocks works for {case.name}")
-    times = {"pallas": best[0], "xla": _milliseconds(case, "xla", training, rounds, arrays)}
+    times = {"pallas": best[0]} | _rivals(case, training, rounds, arrays)
     tuning.write(case.op, target.kind, asked[0], {"blocks": best[1], "milliseconds": times})
+
+
+def _rivals(case: Case, training: bool, rounds: int, arrays) -> dict[str, float]:
+    """Milliseconds of the other implementations that the operator has, run here, and compute the right thing."""
+    times = {}
+    for name in ("xla", "cudnn", "tokamax"):
+        try:
+            if not gate.wrong(case, name):
+                times[name] = _milliseconds(case, name, training, rounds, arrays)
+        except (ValueError, RuntimeError, NotImplementedError):
+            continue
+    return times
 
 
 def choices(sizes: Mapping[str, tuple[int, ...]]) -> Iterator[dict[str, int]]:

@@ -9,7 +9,7 @@ import numpy as np
 from kernels_pallas import kernel, tuning
 from kernels_pallas.arguments import check_rank, check_shape, check_sign
 from kernels_pallas.dispatch import choose
-from kernels_pallas.grouped_matmul import reference, xla
+from kernels_pallas.grouped_matmul import reference, tokamax, xla
 from kernels_pallas.partition import partitioned
 from kernels_pallas.target import current
 
@@ -29,9 +29,9 @@ def grouped_matmul(
         tile: rows of a group that are multiplied at a time, in implementations by tiles, of which a kernel takes the
             nearest that it can; changes no value. None: one that ran fast.
         implementation: "auto", "xla" (by tiles, memory independent of E besides w and its gradient), "pallas" (a
-            kernel by tiles, on TPUs and Hopper GPUs) or "reference" (every row meets every matrix). Where a mesh
-            divides the rows the caller maps this function over them, with the sizes of a device's own rows: a kernel
-            that is called with rows of several devices runs with all of them on every one.
+            kernel by tiles, on TPUs and Hopper GPUs), "tokamax" (the package) or "reference" (every row meets every
+            matrix). Where a mesh divides the rows the caller maps this function over them, with the sizes of a device's
+            own rows: a kernel that is called with rows of several devices runs with all of them on every one.
 
     Returns:
         [M, N] in x's dtype.
@@ -53,13 +53,16 @@ def grouped_matmul(
     _check_sum(op, group_sizes, x.shape[0])
     inputs, target = (x, w, group_sizes), current()
     shapes = tuning.bucket(rows=x.shape[0], groups=w.shape[0], inputs=w.shape[1], outputs=w.shape[2])
-    others = {"xla": [], "reference": [] if tile is None else ["tile"]}
+    no_tile = [] if tile is None else ["tile"]
+    others = {"xla": [], "reference": no_tile, "tokamax": no_tile + tokamax.obstacles()}
     name = choose(op, implementation, kernel.ranked(op, target, shapes, inputs, **others))
     if name == "pallas":
         held = kernel.module(op, target)
         blocks = tuning.blocks(op, target, shapes, held.heuristic(*inputs)) | ({} if tile is None else {"rows": tile})
         run = functools.partial(held.grouped_matmul, blocks=blocks, simulated=target.simulated)
         return partitioned(lambda *inputs: (run(*inputs),), inputs, [()] * 3, [()])[0]
+    if name == "tokamax":
+        return tokamax.grouped_matmul(x, w, group_sizes)
     if name == "reference":
         return reference.grouped_matmul(x, w, group_sizes)
     if tile is None:

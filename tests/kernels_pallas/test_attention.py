@@ -434,7 +434,7 @@ def test_auto_logs_its_choice_once(caplog):
         ({"key_positions": SEGMENTS[:1]}, "key_positions must"),
         ({"window": 0}, "window must"),
         ({"kept": -1}, "kept must"),
-        ({"implementation": "flash"}, "no implementation 'flash'; valid: auto, cudnn, xla, reference, pallas"),
+        ({"implementation": "flash"}, "no implementation 'flash'; valid: auto, cudnn, xla, reference, tokamax, pallas"),
     ],
 )
 def test_wrong_arguments_are_named(change, message):

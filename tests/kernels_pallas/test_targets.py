@@ -1,13 +1,19 @@
 """Which implementation runs where: targets, tables of block sizes, what `auto` takes, and refusals."""
 
+import importlib.machinery
 import json
 import logging
+import sys
+import types
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from kernels_pallas import dispatch, kernel, tuning
+from kernels_pallas.attention import attention
+from kernels_pallas.grouped_matmul import grouped_matmul
 from kernels_pallas.linear_recurrence import linear_recurrence
 from kernels_pallas.target import Target, compiling_for, current, simulating
 
@@ -101,5 +107,49 @@ def test_a_table_gives_blocks_and_the_choice_of_auto(tables):
     assert choices(H200, "time=8")[0] == choices(Target("gpu", "NVIDIA H100", True))[0] == "xla"
     slower = {"blocks": {"chunk": 128}, "milliseconds": {"pallas": 3.0, "xla": 2.0}}
     tuning.write("selective_scan", H200.kind, "time=2", slower)
-    assert not tuning.faster("selective_scan", H200, "time=2")
+    assert choices(H200, "time=2") == ["xla", "pallas", "reference"]
     assert list(json.loads(path.read_text())[H200.kind]) == ["time=2", "time=4"]
+
+
+@pytest.fixture
+def tokamax(monkeypatch):
+    """A package of that name, which computes with JAX alone and keeps what it was asked."""
+    asked = []
+
+    def dot_product_attention(q, k, v, bias, *, scale, is_causal, local_window_size, logits_soft_cap):
+        asked.append(local_window_size)
+        assert logits_soft_cap is None
+        return jax.nn.dot_product_attention(
+            q, k, v, bias, scale=scale, is_causal=is_causal, local_window_size=local_window_size
+        )
+
+    module = types.ModuleType("tokamax")
+    module.__spec__ = importlib.machinery.ModuleSpec("tokamax", None)
+    module.dot_product_attention, module.ragged_dot, module.asked = dot_product_attention, jax.lax.ragged_dot, asked
+    monkeypatch.setitem(sys.modules, "tokamax", module)
+    return module
+
+
+@pytest.mark.parametrize(("causal", "window"), [(True, None), (True, 3), (False, 3), (False, None)])
+def test_tokamax_sees_what_attention_sees(causal, window, tokamax, error):
+    q, k, v = (jax.random.normal(jax.random.key(i), (2, 9, heads, 8)) for i, heads in enumerate((4, 2, 2)))
+    got, wanted = (
+        attention(q, k, v, causal=causal, window=window, implementation=name) for name in ("tokamax", "reference")
+    )
+    assert error(got, wanted) < 1e-5
+    assert tokamax.asked == [None if window is None else (2, 0 if causal else 2)]
+
+
+def test_tokamax_leaves_nothing_in_rows_of_no_group(tokamax, error):
+    x, w = jnp.ones((8, 4)), jax.random.normal(jax.random.key(0), (3, 4, 5))
+    sizes = jnp.asarray([2, 0, 3])
+    got, wanted = (grouped_matmul(x, w, sizes, implementation=name) for name in ("tokamax", "reference"))
+    assert error(got, wanted) < 1e-5 and not np.any(got[5:])
+
+
+def test_what_tokamax_cannot_honour_is_said():
+    x = jnp.zeros((1, 4, 2, 8))
+    with pytest.raises(
+        dispatch.Unsupported, match="the package tokamax is not installed, sinks, segment_ids; can: xla"
+    ):
+        attention(x, x, x, sinks=jnp.zeros(2), segment_ids=jnp.ones((1, 4), int), implementation="tokamax")
