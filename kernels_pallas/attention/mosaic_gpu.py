@@ -9,7 +9,7 @@ import numpy as np
 
 from kernels_pallas.attention.mosaic_gpu_backward import keys_backward, queries_backward
 from kernels_pallas.attention.mosaic_gpu_forward import forward
-from kernels_pallas.attention.mosaic_gpu_tiles import TILE, Options
+from kernels_pallas.attention.mosaic_gpu_tiles import KEY_MARKS, TILE, Options
 from kernels_pallas.attention.reference import NOTHING
 from kernels_pallas.attention.visibility import Visibility
 from kernels_pallas.attention.visits import stretches, tiles
@@ -27,9 +27,6 @@ def obstacles(q, k, v, sinks, bias, visibility: Visibility, softcap: float | Non
         f"head size {q.shape[-1]}, {v.shape[-1]}": max(q.shape[-1], v.shape[-1]) > _WIDEST,
         "bias": bias is not None,
         "query_positions or key_positions": not visibility.in_order,
-        "kept with segment_ids": visibility.window is not None
-        and visibility.kept > 0
-        and visibility.segment_ids is not None,
     }
     dtypes = unfit({"q": q, "k": k, "v": v}, "bfloat16", "float16")
     return dtypes or [name for name, fails in checks.items() if fails]
@@ -88,20 +85,22 @@ def _attend(options: Options, q, k, v, sinks, visibility: Visibility):
 
 
 def _marks(visibility: Visibility):
-    """prefix int32 [B], and documents int32 [B, T] and [B, S] that differ where a query is padding; None if absent."""
-    prefix = visibility.prefix_length
+    """What `forward` takes as marks."""
+    prefix, marks = visibility.prefix_length, dict.fromkeys(("prefix", "query_ids", *KEY_MARKS))
     if prefix is not None:
-        prefix = jnp.minimum(prefix, visibility.key_positions.shape[1]).astype(jnp.int32)
-    if visibility.segment_ids is None:
-        return prefix, None, None
-    queries, keys = (_fill(x.astype(jnp.int32), 1, TILE) for x in (visibility.segment_ids, visibility.key_segment_ids))
-    return prefix, jnp.where(queries == 0, jnp.iinfo(jnp.int32).min, queries), keys
+        marks["prefix"] = jnp.minimum(prefix, visibility.key_positions.shape[1]).astype(jnp.int32)
+    if visibility.segment_ids is not None:
+        marks["query_ids"] = _fill(visibility.segment_ids.astype(jnp.int32), 1, TILE)
+        marks["key_ids"] = _fill(visibility.key_segment_ids.astype(jnp.int32), 1, TILE)
+        if visibility.window is not None and visibility.kept:
+            marks["key_ranks"] = _fill(visibility.key_ranks, 1, TILE)
+    return marks
 
 
 def _forward(options: Options, q, k, v, sinks, visibility: Visibility):
     base2 = None if sinks is None else jnp.maximum(sinks * _LOG2E, NOTHING)
     seen = tiles(visibility, options.time, options.keys, (TILE, options["keys"]))
-    y, lse = forward(options, q, k, v, base2, *_marks(visibility), stretches(*seen))
+    y, lse = forward(options, q, k, v, base2, _marks(visibility), stretches(*seen))
     return (y, lse), (q, k, v, sinks, visibility, y, lse)
 
 
@@ -109,7 +108,7 @@ def _backward(options: Options, residuals, changes):
     (q, k, v, sinks, visibility, y, lse), (dy, dlse) = residuals, changes
     delta = jnp.einsum("bthv,bthv->bht", dy, y, preferred_element_type=jnp.float32) - dlse
     base2 = jnp.where(lse <= NOTHING, -NOTHING, lse * _LOG2E)
-    arguments = q, k, v, dy.astype(q.dtype), jnp.stack([base2, delta], axis=2), *_marks(visibility)
+    arguments = q, k, v, dy.astype(q.dtype), jnp.stack([base2, delta], axis=2), _marks(visibility)
     seen = tiles(visibility, options.time, options.keys, (TILE, options["backward_keys"]))
     dq = queries_backward(options, *arguments, stretches(*seen))
     seen = tiles(visibility, options.time, options.keys, (options["backward_queries"], TILE))

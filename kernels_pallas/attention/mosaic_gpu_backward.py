@@ -13,6 +13,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas.attention.mosaic_gpu_tiles import (
     CONSUMERS,
+    KEY_MARKS,
     ROWS,
     TILE,
     Options,
@@ -21,8 +22,10 @@ from kernels_pallas.attention.mosaic_gpu_tiles import (
     drain,
     fetch,
     hide,
+    key_marks,
     launch,
     load,
+    mark_tiles,
     own,
     product,
     release,
@@ -37,29 +40,29 @@ from kernels_pallas.attention.mosaic_gpu_tiles import (
 )
 
 
-def queries_backward(options: Options, q, k, v, dy, statistics, prefix, query_ids, key_ids, stretches):
+def queries_backward(options: Options, q, k, v, dy, statistics, marks, stretches):
     """dq [B,T,H,K].
 
     Args:
-        q, k, v, prefix, query_ids, key_ids: as in `forward`. dy: [B,T,H,V] in q's dtype.
+        q, k, v, marks: as in `forward`. dy: [B,T,H,V] in q's dtype.
         statistics: float32 [B,H,2,T]: logsumexps in base 2, huge where a query sees nothing; sums of dy y less the
             cotangents of the logsumexps.
         stretches: int32 [1|B, T / 128, 6] over tiles of ``options["backward_keys"]`` keys.
     """
     (batch, time, heads, width), value_width = q.shape, v.shape[3]
-    keys, packed = options["backward_keys"], query_ids is not None
+    keys = options["backward_keys"]
     stages, value_stages = options["backward_stages"], options["backward_value_stages"]
-    inputs = {"q": q, "k": k, "v": v, "dy": dy, "statistics": statistics, "prefix": prefix, "stretches": stretches}
-    inputs |= {"query_ids": query_ids, "key_ids": key_ids}
+    inputs = {"q": q, "k": k, "v": v, "dy": dy, "statistics": statistics, **marks, "stretches": stretches}
+    key_tiles = mark_tiles(marks, KEY_MARKS, stages, keys)
     scratch = {
         "q_tile": tile(CONSUMERS, ROWS, width, dtype=q.dtype),
         "dy_tile": tile(CONSUMERS, ROWS, value_width, dtype=q.dtype),
         "k_tile": tile(stages, keys, width, dtype=q.dtype),
         "v_tile": tile(value_stages, keys, value_width, dtype=q.dtype),
-        "key_ids_tile": plgpu.SMEM((stages, keys), jnp.int32) if packed else None,
+        **key_tiles,
         "staging": tile(CONSUMERS, ROWS, keys, dtype=q.dtype) if options.simulated else None,
         "own": plgpu.Barrier(num_arrivals=2, num_barriers=CONSUMERS),
-        **ring("k", stages, 1 + packed),
+        **ring("k", stages, 1 + len(key_tiles)),
         **ring("v", value_stages, 1),
     }
     outputs = {"dq": jax.ShapeDtypeStruct(q.shape, q.dtype)}
@@ -77,7 +80,7 @@ def _queries_body(options: Options, refs):
     def copy():
         def step(number, _):
             span = pl.ds(schedule.at(number) * options["backward_keys"], options["backward_keys"])
-            fetch(refs, "k", number, {"k": (batch, span, group), "key_ids": (batch, span)})
+            fetch(refs, "k", number, {"k": (batch, span, group), **dict.fromkeys(KEY_MARKS, (batch, span))})
             fetch(refs, "v", number, {"v": (batch, span, group)})
             return ()
 
@@ -119,7 +122,7 @@ def _queries_step(options, refs, schedule, batch, query, warpgroup, vectors, sum
     index = schedule.at(number)
 
     def ids():
-        return of_queries, load(refs["key_ids_tile"].at[slot], 1)
+        return of_queries, *key_marks(refs, "_tile", slot, 1)
 
     place = {"query": query, "key": index * keys, "prefix": _prefix(refs, batch), "axis": 0}
     place["ids"] = None if refs["key_ids"] is None else ids
@@ -134,30 +137,29 @@ def _queries_step(options, refs, schedule, batch, query, warpgroup, vectors, sum
     release(refs, "k", slot, loaded=refs["key_ids"] is not None)
 
 
-def keys_backward(
-    options: Options, q, k, v, dy, statistics, prefix, query_ids, key_ids, stretches, wanted=("dk", "dv")
-):
+def keys_backward(options: Options, q, k, v, dy, statistics, marks, stretches, wanted=("dk", "dv")):
     """The `wanted` of dk [B,S,G,K] and dv [B,S,G,V]; arguments as in `queries_backward`.
 
     Args:
         stretches: int32 [1|B, S / 128, 6] over tiles of ``options["backward_queries"]`` queries.
     """
     (batch, keys, groups, width), value_width = k.shape, v.shape[3]
-    queries, packed = options["backward_queries"], query_ids is not None
+    queries = options["backward_queries"]
     stages, value_stages = options["backward_stages"], options["backward_value_stages"]
     reads_v, shares = "dk" in wanted, "dk" not in wanted and width == value_width
     inputs = {"q": q, "k": k, "v": v if reads_v else None, "dy": dy, "statistics": statistics}
-    inputs |= {"prefix": prefix, "stretches": stretches, "query_ids": query_ids, "key_ids": key_ids}
+    inputs |= {**marks, "stretches": stretches}
+    query_tiles = mark_tiles(marks, ("query_ids",), stages, queries)
     scratch = {
         "k_tile": tile(CONSUMERS, ROWS, width, dtype=q.dtype),
         "v_tile": None if shares else tile(CONSUMERS, ROWS, value_width, dtype=q.dtype),
         "q_tile": tile(stages, queries, width, dtype=q.dtype),
         "dy_tile": tile(value_stages, queries, value_width, dtype=q.dtype),
         "statistics_tile": plgpu.SMEM((stages, 2, queries), jnp.float32),
-        "query_ids_tile": plgpu.SMEM((stages, queries), jnp.int32) if packed else None,
+        **query_tiles,
         "staging": tile(CONSUMERS, ROWS, queries, dtype=q.dtype) if options.simulated else None,
         "own": plgpu.Barrier(num_arrivals=1 + reads_v, num_barriers=CONSUMERS),
-        **ring("q", stages, 2 + packed),
+        **ring("q", stages, 2 + len(query_tiles)),
         **ring("dy", value_stages, 1),
     }
     outputs = {name: jax.ShapeDtypeStruct(like.shape, q.dtype) for name, like in (("dk", k), ("dv", v))}
@@ -201,7 +203,7 @@ def _keys_body(options: Options, refs, wanted):
         key = index * TILE + warpgroup * ROWS
         span = pl.ds(key, ROWS)
         own(refs, {"k": (batch, span, group), "v": (batch, span, group)}, warpgroup)
-        of_keys = None if refs["key_ids"] is None else load(refs["key_ids"].at[batch, span], 0)
+        of_keys = key_marks(refs, "", (batch, span), 0)
 
         def run(**sums):
             def step(number, member, at):
@@ -234,7 +236,7 @@ def _keys_step(options, refs, schedule, batch, key, warpgroup, of_keys, sums, nu
         return columns(load(refs["statistics_tile"].at[slot, number], 1), shape)
 
     def ids():
-        return load(refs["query_ids_tile"].at[slot], 1), of_keys
+        return load(refs["query_ids_tile"].at[slot], 1), *of_keys
 
     place = {"query": index * queries, "key": key, "prefix": _prefix(refs, batch), "axis": 1}
     place["ids"] = None if refs["key_ids"] is None else ids

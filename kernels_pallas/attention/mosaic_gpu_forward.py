@@ -13,6 +13,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas.attention.mosaic_gpu_tiles import (
     CONSUMERS,
+    KEY_MARKS,
     ROWS,
     TILE,
     Options,
@@ -21,8 +22,10 @@ from kernels_pallas.attention.mosaic_gpu_tiles import (
     fetch,
     fill,
     hide,
+    key_marks,
     launch,
     load,
+    mark_tiles,
     own,
     product,
     release,
@@ -38,25 +41,25 @@ from kernels_pallas.attention.mosaic_gpu_tiles import (
 from kernels_pallas.attention.reference import NOTHING
 
 
-def forward(options: Options, q, k, v, sinks, prefix, query_ids, key_ids, stretches):
+def forward(options: Options, q, k, v, sinks, marks, stretches):
     """q [B,T,H,K], k [B,S,G,K], v [B,S,G,V] filled to whole tiles, widths multiples of 64.
 
     Args:
-        sinks: float32 [H], in base 2, or None. prefix: int32 [B] or None. query_ids, key_ids: int32 [B,T], [B,S] or
-            None. stretches: int32 [1|B, T / 128, 6], see `visits.stretches`.
+        sinks: float32 [H], in base 2, or None.
+        marks: "prefix" int32 [B], "query_ids" [B,T], and `KEY_MARKS` [B,S], each None unless there are any.
+        stretches: int32 [1|B, T / 128, 6], see `visits.stretches`.
 
     Returns:
         y [B,T,H,V] in q's dtype and logsumexps float32 [B,H,T].
     """
     (batch, time, heads, width), value_width = q.shape, v.shape[3]
     keys, stages = options["keys"], options["stages"]
-    inputs = {"q": q, "k": k, "v": v, "sinks": sinks, "prefix": prefix, "stretches": stretches}
-    inputs |= {"query_ids": query_ids, "key_ids": key_ids}
+    inputs = {"q": q, "k": k, "v": v, "sinks": sinks, **marks, "stretches": stretches}
     outputs = {
         "y": jax.ShapeDtypeStruct((batch, time, heads, value_width), q.dtype),
         "lse": jax.ShapeDtypeStruct((batch, heads, time), jnp.float32),
     }
-    packed = query_ids is not None
+    key_tiles = mark_tiles(marks, KEY_MARKS, stages, keys)
     scratch = {
         "q_tile": tile(CONSUMERS, ROWS, width, dtype=q.dtype),
         "k_tile": tile(stages, keys, width, dtype=q.dtype),
@@ -64,9 +67,9 @@ def forward(options: Options, q, k, v, sinks, prefix, query_ids, key_ids, stretc
         "y_tile": None if width == value_width else tile(CONSUMERS, ROWS, value_width, dtype=q.dtype),
         "p_tile": tile(CONSUMERS, ROWS, keys, dtype=q.dtype) if options.simulated else None,
         "lse_tile": plgpu.SMEM((CONSUMERS, ROWS), jnp.float32),
-        "key_ids_tile": plgpu.SMEM((stages, keys), jnp.int32) if packed else None,
+        **key_tiles,
         "own": plgpu.Barrier(num_barriers=CONSUMERS),
-        **ring("k", stages, 1 + packed),
+        **ring("k", stages, 1 + len(key_tiles)),
         **ring("v", stages, 1),
         "turn": plgpu.Barrier(num_arrivals=CONSUMERS),
     }
@@ -90,7 +93,7 @@ def _copy(options: Options, refs, schedule: Schedule, batch, head):
 
     def step(number, _):
         span = pl.ds(schedule.at(number) * options["keys"], options["keys"])
-        fetch(refs, "k", number, {"k": (batch, span, group), "key_ids": (batch, span)})
+        fetch(refs, "k", number, {"k": (batch, span, group), **dict.fromkeys(KEY_MARKS, (batch, span))})
         fetch(refs, "v", number, {"v": (batch, span, group)})
         return ()
 
@@ -137,7 +140,7 @@ def _step(options, refs, schedule, batch, query, warpgroup, of_queries, take_tur
     prefix = None if refs["prefix"] is None else refs["prefix"][batch]
 
     def ids():
-        return of_queries, load(refs["key_ids_tile"].at[slot], 1)
+        return of_queries, *key_marks(refs, "_tile", slot, 1)
 
     plgpu.barrier_wait(refs["k_ready"].at[slot])
     logits = product(refs["q_tile"].at[warpgroup], refs["k_tile"].at[slot].transpose((1, 0)), shape, take_turn)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,8 @@ ROWS = 64
 CONSUMERS = 2
 """Warpgroups of a block that compute; one more copies."""
 TILE = CONSUMERS * ROWS
+KEY_MARKS = ("key_ids", "key_ranks")
+"""Of packed documents, int32 [B, S]; see `hide`."""
 MASKED, MASKED_CAPPED = -1e38, -1e15
 """A hidden logit: finite, also squared where there is a softcap, and exp2 of it is 0 whatever it is scaled by."""
 LAYOUT = plgpu.Layout.WGMMA
@@ -67,6 +69,11 @@ def tile(*shape: int, dtype) -> plgpu.SMEM:
     return plgpu.SMEM(shape, dtype, transforms=transforms)
 
 
+def mark_tiles(marks: Mapping, names: Sequence[str], stages: int, size: int) -> dict[str, plgpu.SMEM]:
+    """Shared memory for those marks of the names that there are."""
+    return {f"{name}_tile": plgpu.SMEM((stages, size), jnp.int32) for name in names if marks[name] is not None}
+
+
 def product(left, right, shape: tuple[int, int], meanwhile: Callable[[], None] = lambda: None):
     """`left` times `right` (a tile, or a transposed one), float32, in registers; `meanwhile` runs beside it."""
 
@@ -85,6 +92,11 @@ def staged(value, tile):
     tile[...] = value
     plgpu.commit_smem()
     return tile
+
+
+def key_marks(refs, suffix: str, place, axis: int) -> list:
+    """Vectors of `KEY_MARKS`, None for absent ones: of the arrays, or of their tiles if that is the suffix."""
+    return [refs[name] if refs[name] is None else load(refs[name + suffix].at[place], axis) for name in KEY_MARKS]
 
 
 def fill(shape: tuple[int, ...], value):
@@ -144,21 +156,24 @@ def hide(options: Options, logits, schedule: Schedule, tile, *, query, key, pref
 
     Args:
         tile: its number, of those `schedule` knows. query, key: its first ones. axis: that of the queries.
-        prefix: the scalar of the row of the batch, or None. ids: None or a function for a vector of the queries' and
-            one of the keys' documents.
+        prefix: the scalar of the row of the batch, or None. ids: None or a function for vectors of the queries' and the
+            keys' documents, and of the keys' ranks in theirs (None where these do not matter).
     """
     hidden = MASKED if options.softcap is None else MASKED_CAPPED
+
+    def along(vector, axis):
+        return None if vector is None else jax.lax.broadcast_in_dim(vector, logits.shape, [axis])
 
     def masked(logits):
         query_at, key_at = (
             plgpu.broadcasted_iota(jnp.int32, logits.shape, dimension, layout=LAYOUT) for dimension in (axis, 1 - axis)
         )
         position = query_at + (query + options.keys - options.time)
-        of_queries, of_keys = (None, None) if ids is None else ids()
-        if ids is not None:
-            along_queries, along_keys = (rows, columns) if axis == 0 else (columns, rows)
-            of_queries, of_keys = along_queries(of_queries, logits.shape), along_keys(of_keys, logits.shape)
-        seen = options.rule.sees(position, key_at + key, key_at + key, prefix, of_queries, of_keys)
+        of_queries, of_keys, ranks = (None, None, None) if ids is None else ids()
+        rank = key_at + key if ranks is None else along(ranks, 1 - axis)
+        seen = options.rule.sees(
+            position, key_at + key, rank, prefix, along(of_queries, axis), along(of_keys, 1 - axis)
+        )
         if not options.rule.causal and ids is None:
             filled = key_at < options.keys - key
             seen = filled if seen is None else seen & filled

@@ -25,7 +25,7 @@ OPTIONS = {
     "full": ((), {"causal": False}),
     "window kept": ((), {"window": 1024, "kept": 4}),
     "packed": (("segment_ids",), {}),
-    "everything": (LEARNED_AND_FIXED, {"window": 1024, "softcap": 50.0}),
+    "everything": (LEARNED_AND_FIXED, {"window": 1024, "kept": 4, "softcap": 50.0}),
 }
 
 

@@ -91,6 +91,7 @@ CASES = {
     "window kept": ({"time": 300}, {"window": 30, "kept": 3}),
     "float16 softcap": ({"dtype": "float16"}, {"softcap": 5.0}),
     "segments": ({"time": 300, "batch": 2}, {"segment_ids": documents(300, [-9, 130, 1, 100, -20, 30], 2)}),
+    "segments kept": ({"time": 300}, {"segment_ids": documents(300, [140, 20, -8, 100]), "window": 10, "kept": 4}),
     "segments full": ({"time": 150}, {"segment_ids": documents(150, [70, 80]), "causal": False}),
     "only padding": ({"time": 70}, {"segment_ids": np.zeros((1, 70), np.int32)}),
     "prefix": ({"time": 140, "batch": 2}, {"prefix_length": np.array([0, 77], np.int32)}),
@@ -228,7 +229,6 @@ def test_gradients_lower_for_hopper_and_are_our_kernels(lowered_for_hopper, widt
         ({"width": 320}, {}, "head size 320, 320"),
         ({}, {"bias": np.zeros((1, 1, 75, 75))}, "bias"),
         ({}, {"query_positions": np.zeros((1, 75), np.int32)}, "query_positions or key_positions"),
-        ({}, {"kept": 2, "window": 3, "segment_ids": np.ones((1, 75), np.int32)}, "kept with segment_ids"),
     ],
 )
 def test_what_it_cannot_do_is_said(change, options, message):
