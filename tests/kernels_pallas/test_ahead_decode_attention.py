@@ -2,9 +2,12 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from kernels_pallas.ahead import compile_ahead
+from kernels_pallas.ahead import compile_ahead, devices
 from kernels_pallas.decode_attention import decode_attention
 
 SHAPES = {  # batch, heads, groups, width, slots
@@ -63,3 +66,23 @@ def test_the_cache_is_not_copied(topology, options):
     batch, _, groups, width, slots = SHAPES["1.5B"]
     keys = 2 * batch * slots * groups * width
     assert compiled(topology, "1.5B", **OPTIONS[options]).temporary_bytes < 0.02 * keys
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("topology", ["h200:1x4", "v5e:2x2"])
+def test_devices_decode_their_own_rows_and_heads(topology):
+    mesh = Mesh(np.asarray(devices(topology)).reshape(2, 2), ("data", "tensor"))
+
+    def shaped(*shape, dtype=jnp.bfloat16, axes=("data", None, "tensor")):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, P(*axes)))
+
+    cache = [shaped(4, 1024, 8, 128)] * 2
+    values = shaped(4, 1, 16, 128), *cache, shaped(4, dtype=jnp.int32, axes=("data",))
+
+    def decode(*values):
+        return decode_attention(*values, implementation="pallas")
+
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        program = compile_ahead(decode, values, topology, mesh).program.as_text()
+    assert "all-gather" not in program
+    assert "all-to-all" not in program
