@@ -43,9 +43,14 @@ def heuristic(q, k, v, log_decay) -> dict[str, int]:
 
 
 def linear_attention(q, k, v, log_decay, state, documents, *, blocks, simulated):
-    """q, k [B,T,G,K], v [B,T,H,V], log_decay None, [B,T,H] or [B,T,H,K], state [B,H,K,V] -> y [B,T,H,V], state."""
-    q, k, v, log_decay = reference.prepare(documents, (q, k, v, log_decay), jnp.float32)
+    """q, k [B,T,G,K], v [B,T,H,V], log_decay None, [B,T,H] or [B,T,H,K], state [B,H,K,V] -> y [B,T,H,V], state.
+
+    A single token is no work for the tensor cores: it is left to plain JAX.
+    """
     time, keys, values = q.shape[1], q.shape[3], v.shape[3]
+    if time == 1:
+        return reference.linear_attention(q, k, v, log_decay, state, documents)
+    q, k, v, log_decay = reference.prepare(documents, (q, k, v, log_decay), jnp.float32)
     q, k, v, state = widened(q, k, v, state)
     q, k, v, log_decay = (filled(value) for value in (q, k, v, log_decay))
     chunked = None if documents is None else Chunked.of(documents)
