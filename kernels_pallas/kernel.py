@@ -16,7 +16,8 @@ def module(op: str, target: Target) -> ModuleType | None:
     """`kernels_pallas.OP.mosaic_gpu` or `.mosaic_tpu`; None where the target runs no kernels or the operator has none.
 
     It holds ``obstacles(*inputs) -> list[str]`` (what of the inputs the kernel cannot honour), ``heuristic(*inputs) ->
-    dict[str, int]`` (block sizes where no table has them) and a function named like the operator.
+    dict[str, int]`` (block sizes where no table has them), `CHOICES` (those that tuning tries), and a function named
+    like the operator.
     """
     name = f"kernels_pallas.{op}.mosaic_{target.platform}"
     if target.obstacles() or importlib.util.find_spec(name) is None:

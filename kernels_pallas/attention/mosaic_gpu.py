@@ -32,6 +32,10 @@ def obstacles(q, k, v, sinks, bias, visibility: Visibility, softcap: float | Non
     return dtypes or [name for name, fails in checks.items() if fails]
 
 
+CHOICES = {"keys": (64, 128), "stages": (2, 3), "backward_keys": (64, 128), "backward_stages": (1, 2)}
+"""Block sizes that tuning tries."""
+
+
 def heuristic(q, k, v, visibility: Visibility) -> dict[str, int]:
     """Keys of a tile, or queries where a kernel goes over these, and how many tiles are on their way at a time.
 

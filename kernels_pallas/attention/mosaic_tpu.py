@@ -37,6 +37,10 @@ def obstacles(q, k, v, sinks, bias, visibility: Visibility, softcap: float | Non
     return unfit({"q": q}, "float32", "bfloat16") + [name for name, fails in checks.items() if fails]
 
 
+CHOICES = {"query": (256, 512, 1024), "key": (256, 512, 1024, 2048)}
+"""Block sizes that tuning tries."""
+
+
 def heuristic(q, k, v, visibility: Visibility) -> dict[str, int]:
     """Tiles of 512 queries and 512 keys, 1024 keys from 8192 on.
 

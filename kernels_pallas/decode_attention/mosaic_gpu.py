@@ -62,6 +62,10 @@ def obstacles(q, cache: Cache) -> list[str]:
     return unfit({"q": q}, "bfloat16", "float16") + [name for name, fails in checks.items() if fails]
 
 
+CHOICES = {"slots": (64, 128), "stages": (2, 3, 4), "parts": (1, 2, 4, 8, 16, 32)}
+"""Block sizes that tuning tries."""
+
+
 def heuristic(q, cache: Cache) -> dict[str, int]:
     """Tiles of 64 slots, and parts for two blocks of threads on each of the 132 multiprocessors.
 

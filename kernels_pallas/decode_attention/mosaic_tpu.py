@@ -68,6 +68,10 @@ def obstacles(q, cache: Cache) -> list[str]:
     return unfit({"q": q}, "float32", "bfloat16") + [name for name, fails in checks.items() if fails]
 
 
+CHOICES = {"slots": (128, 256, 512, 1024), "parts": (1, 2)}
+"""Block sizes that tuning tries."""
+
+
 def heuristic(q, cache: Cache) -> dict[str, int]:
     """Slots that a step reads: 4096 vectors of keys, 2048 of wide ones, which takes 1 MiB in bfloat16.
 

@@ -38,6 +38,10 @@ def obstacles(q, k, v, beta, log_decay) -> list[str]:
     return reasons + [f"a {n} width of {w} above {WIDEST[n]}" for n, w in widths.items() if w > WIDEST[n]]
 
 
+CHOICES = {"chunk": (64,)}
+"""Block sizes that tuning tries."""
+
+
 def heuristic(q, k, v, beta, log_decay) -> dict[str, int]:
     """Chunks of 64: one tile of the tensor cores, and the largest system that fits four to a block of threads."""
     return {"chunk": CHUNK}

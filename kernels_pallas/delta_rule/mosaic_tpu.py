@@ -27,6 +27,10 @@ def obstacles(q, k, v, beta, log_decay) -> list[str]:
     return heads_tpu.obstacles(k, v, q=q, beta=beta, log_decay=log_decay)
 
 
+CHOICES = {"chunk": (32, 64, 128)}
+"""Block sizes that tuning tries."""
+
+
 def heuristic(q, k, v, beta, log_decay) -> dict[str, int]:
     """Chunks of 64: the work for the inverse of a chunk grows with its cube."""
     return {"chunk": 64}

@@ -38,6 +38,10 @@ def obstacles(x, w, group_sizes) -> list[str]:
     return unfit({"x": x, "w": w}, *DTYPES) + ["an empty array"] * (0 in (*x.shape, *w.shape))
 
 
+CHOICES = {"rows": (64, 128), "columns": (64, 128), "stages": (2, 3, 4)}
+"""Block sizes that tuning tries."""
+
+
 def heuristic(x, w, group_sizes) -> dict[str, int]:
     """Tiles of 128 × 128, the largest whose sums fit one warpgroup's registers; 64 rows where most groups are smaller.
 

@@ -26,6 +26,10 @@ def obstacles(x, w, group_sizes) -> list[str]:
     return unfit({"x": x, "w": w}, *DTYPES) + ["an empty array"] * (0 in (*x.shape, *w.shape))
 
 
+CHOICES = {"rows": (128, 256, 512), "inputs": (512, 1024, 2048), "outputs": (256, 512, 1024)}
+"""Block sizes that tuning tries."""
+
+
 def heuristic(x, w, group_sizes) -> dict[str, int]:
     """Blocks that with their double buffers take some 12 MiB, within what a kernel has of fast memory by default.
 

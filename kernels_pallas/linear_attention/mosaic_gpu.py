@@ -30,6 +30,10 @@ def obstacles(q, k, v, log_decay) -> list[str]:
     return reasons + [f"a {name} width of {width} above {WIDEST}" for name, width in widths.items() if width > WIDEST]
 
 
+CHOICES = {"heads": (1, 2, 4, 8, 16)}
+"""Block sizes that tuning tries."""
+
+
 def heuristic(q, k, v, log_decay) -> dict[str, int]:
     """Chunks of 64 tokens, the only size that the kernels have: the rows of one tensor core instruction.
 

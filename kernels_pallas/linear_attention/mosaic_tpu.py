@@ -26,6 +26,10 @@ def obstacles(q, k, v, log_decay) -> list[str]:
     return heads_tpu.obstacles(k, v, q=q, log_decay=log_decay)
 
 
+CHOICES = {"chunk": (64, 128, 256), "values": (128, 256, 512)}
+"""Block sizes that tuning tries."""
+
+
 def heuristic(q, k, v, log_decay) -> dict[str, int]:
     """Chunks of 128, a tile of the matrix unit, and up to 512 lanes of values that share keys.
 

@@ -43,6 +43,10 @@ def obstacles(x, w) -> list[str]:
     return unfit({"x": x, "w": w}, *DTYPES) + ["an empty array"] * (0 in (*x.shape, *w.shape))
 
 
+CHOICES = {"rows": (64, 128), "stages": (2, 3, 4), "runs": (8, 16, 32)}
+"""Block sizes that tuning tries."""
+
+
 def heuristic(x, w) -> dict[str, int]:
     """Tiles of 128 × 128 logits, the largest whose sums fit one warpgroup's registers, with three slots of operands.
 

@@ -28,6 +28,10 @@ def obstacles(x, w) -> list[str]:
     return unfit({"x": x, "w": w}, *DTYPES) + ["an empty array"] * (0 in (*x.shape, *w.shape))
 
 
+CHOICES = {"tokens": (512, 1024), "vocabulary": (512, 1024, 2048), "inputs": (256, 512, 1024)}
+"""Block sizes that tuning tries."""
+
+
 def heuristic(x, w) -> dict[str, int]:
     """Tiles of 1024 × 1024 logits: a byte of operands, read again for each, has 512 operations, as v6e needs.
 

@@ -21,6 +21,10 @@ def obstacles(log_a, x) -> list[str]:
     return unfit({"log_a": log_a, "x": x}, "float32", "bfloat16")
 
 
+CHOICES = {"chunk": (16, 32, 64), "spans": (1, 2, 4, 8, 16)}
+"""Block sizes that tuning tries."""
+
+
 def heuristic(log_a, x) -> dict[str, int]:
     """chunk and spans, see `scan_gpu.Plan`.
 

@@ -26,6 +26,10 @@ def obstacles(log_a, x) -> list[str]:
     return unfit({"log_a": log_a, "x": x}, "float32", "bfloat16")
 
 
+CHOICES = {"chunk": (64, 128, 256, 512), "channels": (128, 256, 512)}
+"""Block sizes that tuning tries."""
+
+
 def heuristic(log_a, x) -> dict[str, int]:
     """256 tokens of 512 channels: two megabytes of buffers forward, and long transfers."""
     return {"chunk": 256, "channels": 512}

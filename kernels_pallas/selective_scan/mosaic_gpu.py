@@ -22,6 +22,10 @@ def obstacles(u, dt, A, B, C, D) -> list[str]:
     return reasons + [f"{B.shape[2]} states per channel (at most 64)"] * (B.shape[2] > 64)
 
 
+CHOICES = {"chunk": (8, 16, 32), "part": (2, 4), "spans": (1, 2, 4, 8, 16)}
+"""Block sizes that tuning tries."""
+
+
 def heuristic(u, dt, A, B, C, D) -> dict[str, int]:
     """chunk, part and spans, see `Plan`.
 

@@ -33,6 +33,10 @@ def obstacles(u, dt, A, B, C, D) -> list[str]:
     return unfit(values, "float32", "bfloat16") + states
 
 
+CHOICES = {"chunk": (32, 64, 128), "channels": (128, 256, 512)}
+"""Block sizes that tuning tries."""
+
+
 def heuristic(u, dt, A, B, C, D) -> dict[str, int]:
     """A state of eight tiles (512 channels of 16), and as many tokens as their states fit in four megabytes."""
     states = max(_SUBLANES, A.shape[1])

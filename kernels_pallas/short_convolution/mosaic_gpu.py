@@ -24,6 +24,10 @@ def obstacles(x, w, bias) -> list[str]:
     return unfit({"x": x, "w": w, "bias": bias}, "float32", "bfloat16") + many
 
 
+CHOICES = {"chunk": (8, 16, 32, 64), "length": (4, 8, 16, 32)}
+"""Block sizes that tuning tries."""
+
+
 def heuristic(x, w, bias) -> dict[str, int]:
     """chunk and length, see `Plan`.
 

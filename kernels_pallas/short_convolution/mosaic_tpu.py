@@ -32,6 +32,10 @@ def obstacles(x, w, bias) -> list[str]:
     return unfit({"x": x, "w": w, "bias": bias}, "float32", "bfloat16") + many
 
 
+CHOICES = {"chunk": (128, 256, 512), "channels": (128, 256, 512)}
+"""Block sizes that tuning tries."""
+
+
 def heuristic(x, w, bias) -> dict[str, int]:
     """256 tokens of 512 channels: every tap is one more pass over half a megabyte in VMEM."""
     return {"chunk": 256, "channels": 512}

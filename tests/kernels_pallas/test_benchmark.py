@@ -6,11 +6,11 @@ import json
 import jax
 import pytest
 
-from kernels_pallas import tuning
+from kernels_pallas import kernel, tuning
 from kernels_pallas.benchmark import calls, ceilings, forms, gate, peers, race
 from kernels_pallas.benchmark.cases import _SIZES, REGISTRY, SETS, Case, cases
 from kernels_pallas.benchmark.tune import choices, tune
-from kernels_pallas.target import simulating
+from kernels_pallas.target import current, simulating
 
 TINY = cases("linear_recurrence", "tiny", "float32")[0]
 
@@ -92,7 +92,7 @@ def test_tuning_writes_the_fastest_choice_that_is_right(monkeypatch, tmp_path):
     with simulating("tpu"):
         from kernels_pallas.linear_recurrence import mosaic_tpu
 
-        monkeypatch.setattr(mosaic_tpu, "CHOICES", {"chunk": (8, 16)}, raising=False)
+        monkeypatch.setattr(mosaic_tpu, "CHOICES", {"chunk": (8, 16)})
         found = list(tune(small, rounds=1))
     tuning._table.cache_clear()
     assert [blocks for blocks, _ in found] == [{"chunk": 8}, {"chunk": 16}] == list(choices({"chunk": (8, 16)}))
@@ -105,3 +105,17 @@ def test_tuning_writes_the_fastest_choice_that_is_right(monkeypatch, tmp_path):
 def test_tuning_needs_a_kernel():
     with pytest.raises(ValueError, match="linear_recurrence: no kernel for backend cpu"):
         list(tune(TINY, rounds=1))
+
+
+@pytest.mark.parametrize("platform", ["gpu", "tpu"])
+@pytest.mark.parametrize("op", calls.CALLS)
+def test_every_kernel_lists_choices_of_its_own_blocks(op, platform, monkeypatch):
+    """And takes the last of each, which its buckets are asked for once."""
+    case, usual = cases(op, "tiny")[0], []
+    with simulating(platform), tuning.asked() as buckets:
+        held = kernel.module(op, current())
+        heuristic = held.heuristic
+        monkeypatch.setattr(held, "heuristic", lambda *inputs: usual.append(heuristic(*inputs)) or usual[-1])
+        with tuning.trying(op, {name: sizes[-1] for name, sizes in held.CHOICES.items()}):
+            jax.eval_shape(forms.forward(case, "pallas"), jax.eval_shape(case.inputs))
+    assert len(buckets) == 1 and set(held.CHOICES) <= set(usual[0])
