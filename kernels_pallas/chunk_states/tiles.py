@@ -73,8 +73,3 @@ def along_rows(values, shape):
 def along_columns(values, shape):
     """[columns] as [rows, columns]."""
     return jax.lax.broadcast_in_dim(values, shape, [1])
-
-
-def interpreter(simulated: bool):
-    """What `plgpu.kernel` takes as `interpret`."""
-    return plgpu.InterpretGPUParams(detect_races=True) if simulated else None

@@ -25,12 +25,12 @@ from kernels_pallas.chunk_states.tiles import (
     along_columns,
     along_rows,
     floats,
-    interpreter,
     product,
     tile,
     vector,
 )
 from kernels_pallas.delta_rule.mosaic_gpu_inverse import inverse
+from kernels_pallas.hopper import interpreted
 
 _F32, _BF16 = jnp.float32, jnp.bfloat16
 _GRID = ("batch", "chunk", "head")
@@ -77,7 +77,7 @@ def _kernel(name, body, simulated, outputs, scratch, shape):
         grid_names=_GRID,
         scratch_types=scratch,
         kernel_name=name,
-        interpret=interpreter(simulated),
+        interpret=interpreted(simulated),
     )
 
 

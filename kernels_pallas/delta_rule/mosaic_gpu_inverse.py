@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels_pallas.chunk_states.tiles import CHUNK, interpreter
+from kernels_pallas.chunk_states.tiles import CHUNK
+from kernels_pallas.hopper import interpreted
 
 _SYSTEMS, _BLOCK, _LANES = 4, 16, 32  # per block of threads, one per warp; rows at a time; columns at a time
 _STEPS = [(half, block) for half in range(2) for block in range(2 * half, CHUNK // _BLOCK)]
@@ -42,7 +43,7 @@ def inverse(upper: jax.Array, *, simulated: bool = False) -> jax.Array:
         ],
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
         kernel_name="delta_rule_inverse",
-        interpret=interpreter(simulated),
+        interpret=interpreted(simulated),
     )
     return kernel(flat)[: upper[..., 0, 0].size].reshape(upper.shape)
 

@@ -23,11 +23,11 @@ from kernels_pallas.chunk_states.tiles import (
     along_columns,
     along_rows,
     floats,
-    interpreter,
     product,
     tile,
     vector,
 )
+from kernels_pallas.hopper import interpreted
 
 _F32, _BF16 = jnp.float32, jnp.bfloat16
 _SQUARE = (CHUNK, CHUNK)
@@ -116,7 +116,7 @@ def _call(name, compute, arrays, outputs, simulated):
         grid_names=("batch", "chunk", "head"),
         scratch_types=[{name: kinds[name] for name in used}, plgpu.Barrier(num_arrivals=len(arrays))],
         kernel_name=name,
-        interpret=interpreter(simulated),
+        interpret=interpreted(simulated),
     )(*arrays.values())
     return dict(zip(outputs, results, strict=True))
 
