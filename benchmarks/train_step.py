@@ -11,6 +11,7 @@ The arms take turns, a few steps each, for several rounds: ratios are of times i
 the machine does meets all of them. Arms:
 
 - ``framework``: `efficient_lm`, the step as training runs it, batches put on the device each time;
+- ``kernels``: the same with Pallas kernels wherever they honour the call, on TPUs and Hopper GPUs;
 - ``hand_written``: plain dicts and `jax.jit`, with the operators of `kernels_pallas`: what the framework itself costs;
 - ``plain``: the same with JAX's own operations only, as one writes them first;
 - ``torch``: the model in transformers and `torch.optim.AdamW` (see train_step_torch.py), in a process of its own.
@@ -43,6 +44,7 @@ from efficient_lm.training.optimizers import AdamWSpec
 from efficient_lm.training.parallelism import ParallelismSpec
 from efficient_lm.training.step import initial_state, make_step, state_shardings
 from kernels_pallas.attention import attention
+from kernels_pallas.dispatch import preferring
 from kernels_pallas.linear_cross_entropy import linear_cross_entropy
 
 LEARNING_RATE, BETAS, EPSILON, DECAY, CLIP_NORM, NORM_EPSILON = 1e-3, (0.9, 0.95), 1e-8, 0.1, 1.0, 1e-6
@@ -91,23 +93,34 @@ def framework_parts(model: LanguageModel) -> tuple[Any, Any, Any]:
     return optimizer, layout, state_shardings(model, optimizer, layout)
 
 
-def framework_step(model: LanguageModel, options: argparse.Namespace, nesting: NestingSpec = WHOLE) -> Callable:
-    """The jitted step, as a run has it."""
+def framework_step(
+    model: LanguageModel, options: argparse.Namespace, nesting: NestingSpec = WHOLE, kernels: str = "auto"
+) -> Callable:
+    """The jitted step, as a run with `train.kernels` has it."""
     optimizer, layout, shardings = framework_parts(model)
     packed = bool(options.document)
     step = make_step(
         model, CausalLMSpec(), optimizer, clip_norm=CLIP_NORM, dtype=options.dtype, packed=packed, nesting=nesting
     )
-    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, layout.replicated))
+
+    def traced(state: Any, batch: Any) -> tuple[Any, Any]:
+        with preferring(kernels):
+            return step(state, batch)
+
+    return jax.jit(traced, donate_argnums=0, out_shardings=(shardings, layout.replicated))
 
 
 def framework_arm(
-    spec: ModelSpec, options: argparse.Namespace, batch: dict[str, np.ndarray], nesting: NestingSpec = WHOLE
+    spec: ModelSpec,
+    options: argparse.Namespace,
+    batch: dict[str, np.ndarray],
+    nesting: NestingSpec = WHOLE,
+    kernels: str = "auto",
 ) -> tuple[Round, float]:
     """A round of the framework's steps on a model, and the loss of the first."""
     model = spec.build()
     optimizer, layout, shardings = framework_parts(model)
-    step = framework_step(model, options, nesting)
+    step = framework_step(model, options, nesting, kernels)
     state = jax.jit(lambda key: initial_state(model.init(key), optimizer), out_shardings=shardings)(jax.random.key(0))
     return jax_rounds(step, state, lambda: layout.batch(batch))
 
@@ -283,6 +296,7 @@ def build_arms(options: argparse.Namespace) -> tuple[dict[str, Round], dict[str,
     batch = make_batch(options)
     makers = {
         "framework": lambda: framework_arm(model_spec(options), options, batch),
+        "kernels": lambda: framework_arm(model_spec(options), options, batch, kernels="pallas"),
         "hand_written": lambda: hand_written_arm(options, batch, attention, kernel_loss),
         "plain": lambda: hand_written_arm(options, batch, plain_attention, plain_loss),
     }
