@@ -28,41 +28,49 @@ class Products(NamedTuple):
 
     q_in: jax.Array  # bfloat16 [B, T, H, K], with the decay from the chunk's start; 0 after another document's state
     k_out: jax.Array  # bfloat16 [B, T, H, K], with the decay to the chunk's end; 0 before another document's state
-    reads: jax.Array  # bfloat16 [B, N, H, C, C], q_i k_j with the decay from j to i, 0 for j > i and between documents
+    reads: jax.Array  # [B, N, H, C, C], q_i k_j with the decay from j to i, 0 for j > i and between documents
 
 
 def channel_products(
-    q: jax.Array, k: jax.Array, log_decay: jax.Array, documents: Chunked | None, *, simulated: bool = False
+    q: jax.Array,
+    k: jax.Array,
+    log_decay: jax.Array,
+    documents: Chunked | None,
+    *,
+    dtype=jnp.bfloat16,
+    simulated: bool = False,
 ) -> Products:
     """Queries, keys and their products with their decays, of every chunk; differentiable in q, k and log_decay.
 
     Args:
         q, k: bfloat16 [B, T, G, K], T a multiple of 64, K of 64 and at most 256.
         log_decay: float32 [B, T, H, K], at most 0; head h reads group h // (H // G).
+        dtype: of reads, float32 for what is not to be rounded once more; their gradient is rounded to bfloat16.
     """
-    return _channel_products(simulated, q, k, log_decay, documents)
+    return _channel_products(dtype, simulated, q, k, log_decay, documents)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _channel_products(simulated, q, k, log_decay, documents):
-    return _forward(simulated, q, k, log_decay, documents)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _channel_products(dtype, simulated, q, k, log_decay, documents):
+    return _forward(dtype, simulated, q, k, log_decay, documents)[0]
 
 
-def _forward(simulated, q, k, log_decay, documents):
+def _forward(dtype, simulated, q, k, log_decay, documents):
     batch, time, _, width = k.shape
     heads, block = log_decay.shape[2], 128 if width % 128 == 0 else 64
     scaled = jax.ShapeDtypeStruct((batch, time, heads, width), jnp.bfloat16)
-    reads = jax.ShapeDtypeStruct((batch, time // CHUNK, heads, *_SQUARE), jnp.bfloat16)
+    reads = jax.ShapeDtypeStruct((batch, time // CHUNK, heads, *_SQUARE), dtype)
     launch = _Launch(_inputs(q, k, log_decay, documents), {"q": scaled, "k": scaled, "reads": reads}, block, whole=True)
     own = {"ranges": tile(*_SQUARE), "factored": tile(CHUNK, block)}
     got = launch(functools.partial(channel_steps.forward, width // block), own, "channel_products", simulated)
     return Products(got["q"], got["k"], got["reads"]), (q, k, log_decay, documents)
 
 
-def _backward(simulated, residuals, changes):
+def _backward(dtype, simulated, residuals, changes):
     q, k, log_decay, documents = residuals
     block, like = 64, jax.ShapeDtypeStruct(log_decay.shape, jnp.bfloat16)
     inputs = _inputs(q, k, log_decay, documents)
+    changes = changes._replace(reads=changes.reads.astype(jnp.bfloat16))
     inputs |= {f"d{name}": change for name, change in changes._asdict().items()}
     outputs = {"q": like, "k": like, "log_decay": jax.ShapeDtypeStruct(log_decay.shape, jnp.float32)}
     launch = _Launch(inputs, outputs, block, whole=False)
@@ -138,7 +146,9 @@ class _Launch:
         """For a vector [64], pairs [64, 64] or channels [blocks, 64, block] of an array."""
         if value.ndim == 3:
             return plgpu.SMEM((CHUNK,), value.dtype)
-        return tile(*_SQUARE) if value.ndim == 5 else tile(self.blocks, CHUNK, self.block)
+        if value.ndim == 5:
+            return tile(*_SQUARE) if value.dtype == jnp.bfloat16 else float_tile(*_SQUARE)
+        return tile(self.blocks, CHUNK, self.block)
 
     def parts(self, value, ref, buffer):
         """What a block of the grid holds of an array, with its place in the buffer."""

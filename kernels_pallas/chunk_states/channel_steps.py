@@ -95,7 +95,7 @@ def _level_change(held, level, factors):
 
 
 def _place(ref, values):
-    ref[...] = values.astype(jnp.bfloat16)
+    ref[...] = values.astype(ref.dtype)
 
 
 def _factors(held, block, ranges):

@@ -3,21 +3,22 @@
 With u_i = beta_i (v_i - what the state holds under k_i), the chunk's u solve (I + diag(beta) A) u = beta (v - k̄ S), so
 u = U - W S with W and U from the triangular inverse alone (arXiv 2406.06484, 2412.06464). Three kinds of work:
 
-    A and the decayed q kᵀ              a kernel, all chunks       (mosaic_gpu_pairs; per channel kernels_pallas.decay)
+    A and the decayed q kᵀ              a kernel, all chunks       (mosaic_gpu_pairs, chunk_states.channel_gpu)
     inverse, W and U                    kernels, all chunks        (mosaic_gpu_inverse, mosaic_gpu_corrections)
     u = U - W S, y, the next state      a kernel, chunk by chunk   (kernels_pallas.chunk_states)
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from kernels_pallas.chunk_states import chunk_states
+from kernels_pallas.chunk_states.channel_gpu import channel_products
 from kernels_pallas.chunk_states.decays import head_decays
-from kernels_pallas.chunk_states.padding import Chunked, filled, widened
+from kernels_pallas.chunk_states.padding import Chunked, decay_of_chunks, filled, widened
 from kernels_pallas.chunk_states.tiles import CHUNK
-from kernels_pallas.decay import channel_decays, channel_pairs
 from kernels_pallas.delta_rule import reference
 from kernels_pallas.delta_rule.mosaic_gpu_corrections import corrections
 from kernels_pallas.delta_rule.mosaic_gpu_pairs import decayed_pairs
@@ -60,8 +61,7 @@ def delta_rule(q, k, v, beta, log_decay, state, documents, *, blocks, simulated)
     q, k, v, beta, log_decay = (filled(value) for value in (q, k, v, beta, log_decay))
     chunked = None if documents is None else Chunked.of(documents)
     if log_decay is not None and log_decay.ndim == 4:
-        # The backward pass makes decays and products again; it keeps what the kernels take, and the inverses.
-        decayed = jax.checkpoint(_per_channel)(chunked, q, k, beta, log_decay)
+        decayed = _per_channel(chunked, q, k, beta, log_decay, simulated)
     else:
         decayed = _per_head(chunked, q, k, v, beta, log_decay, simulated)
     w, u = corrections(decayed.upper, decayed.key_scale, decayed.beta, decayed.k_in, v, simulated)
@@ -103,25 +103,14 @@ def _per_head(documents, q, k, v, beta, log_decay, simulated):
     return _Decayed(times(q, entering), k_in, times(k, leaving), reads, upper, key_scale, beta, whole)
 
 
-def _per_channel(documents, q, k, beta, log_decay):
+def _per_channel(documents, q, k, beta, log_decay, simulated):
     """For log_decay float32 [B,T,H,K]."""
-    (batch, time, heads), repeats = beta.shape, beta.shape[2] // k.shape[2]
-
-    def chunks(value):
-        """[B,T,...] as [B N,C,...]"""
-        return value.astype(_F32).reshape(-1, CHUNK, *value.shape[2:])
-
-    q, k = (jnp.repeat(chunks(value), repeats, axis=2).swapaxes(1, 2) for value in (q, k))
-    beta = chunks(beta).swapaxes(1, 2)
-    marks = None if documents is None else jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), documents)
-    decays = channel_decays(chunks(log_decay), marks)
-    reads, overlaps = jnp.moveaxis(channel_pairs(decays, jnp.stack([q, k], axis=2), k), 2, 0)
-    reads += jnp.sum(q * k, axis=-1)[..., None] * jnp.eye(CHUNK, dtype=_F32)
-    if marks is not None:
-        reads, overlaps = (jnp.where(marks.same()[:, None], value, 0) for value in (reads, overlaps))
-    upper = (overlaps * beta[..., None]).swapaxes(2, 3)
-    entering, leaving = decays.entering, decays.leaving
-    wide = (value.swapaxes(1, 2).astype(_BF16) for value in (q * entering, k * entering, k * leaving))
-    q_in, k_in, k_out = (value.reshape(batch, time, heads, -1) for value in wide)
-    rest = (reads.astype(_BF16), upper, beta, beta, decays.whole)
-    return _Decayed(q_in, k_in, k_out, *(value.reshape(batch, -1, *value.shape[1:]) for value in rest))
+    q, k = (value.astype(_F32) for value in (q, k))
+    products = functools.partial(
+        channel_products, k=k.astype(_BF16), log_decay=log_decay, documents=documents, simulated=simulated
+    )
+    reads, keys = products(q.astype(_BF16)), products(k.astype(_BF16), dtype=_F32)
+    beta = beta.astype(_F32).reshape(beta.shape[0], -1, CHUNK, beta.shape[2]).swapaxes(2, 3)
+    upper = (keys.reads * beta[..., None]).swapaxes(3, 4)
+    whole = decay_of_chunks(log_decay, documents)
+    return _Decayed(reads.q_in, keys.q_in, reads.k_out, reads.reads, upper, beta, beta, whole)
