@@ -1,8 +1,7 @@
 """The verb `benchmark`."""
 
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from efficient_lm.cli.main import Options
 from efficient_lm.errors import ConfigError, nearest
@@ -49,58 +48,18 @@ def run(overrides: Sequence[str], options: Options) -> None:
 
     config = validate(BenchmarkConfig, compose(ROOT, overrides, options.config_dirs).values)
 
-    from kernels_pallas.benchmark import peers
-    from kernels_pallas.benchmark.calls import CALLS
+    from kernels_pallas.benchmark import peers, session
 
     for key, value in (("op", config.op), ("tune", config.tune)):
-        if value is not None and value not in CALLS:
-            raise ConfigError(f"{key}: no operator '{value}'; {nearest(value, CALLS)}")
+        if value is not None and value not in session.OPERATORS:
+            raise ConfigError(f"{key}: no operator '{value}'; {nearest(value, session.OPERATORS)}")
     for peer in config.peers:
-        if peer not in (valid := (*peers.OWN, *peers.OTHERS)):
-            raise ConfigError(f"peers: no peer '{peer}'; {nearest(peer, valid)}")
-    if config.tune is not None:
-        return _tune(config)
-    for op in [config.op] if config.op else CALLS:
-        _race(op, config)
-
-
-def _chosen(op: str, config: BenchmarkConfig) -> list[Any]:
-    from kernels_pallas.benchmark.cases import cases
-
-    found = cases(op, config.shapes, config.dtype)
-    chosen = [case for case in found if config.only is None or config.only in case.name]
-    if found and not chosen:
-        names = [case.name for case in found]
-        raise ConfigError(f"only: no case of {op} has '{config.only}' in its name; {nearest(config.only, names)}")
-    return chosen
-
-
-def _race(op: str, config: BenchmarkConfig) -> None:
-    from kernels_pallas.benchmark import race
-
-    rows = []
-    for case in _chosen(op, config):
-        for training in [name == "training" for name in config.passes if name == "forward" or case.call.training]:
-            part = race.race(case, config.peers, training, config.rounds)
-            kind = "forward and backward" if training else "forward"
-            print(f"\n{op}, {case.name}, {case.dtype}, {kind}\n{race.table(part)}", flush=True)
-            rows += part
-    if config.output is not None and rows:
-        path = Path(config.output) / f"{op}_{race.device_name()}_{config.dtype}.json"
-        race.save(path, op, rows)
-        print(f"\n{path}")
-
-
-def _tune(config: BenchmarkConfig) -> None:
-    from kernels_pallas import tuning
-    from kernels_pallas.benchmark.tune import tune
-
-    for case in _chosen(config.tune, config):
-        print(f"\n{config.tune}, {case.name}, {case.dtype}")
-        try:
-            for blocks, found in tune(case, config.rounds):
-                shown = f"{found:.3f} ms" if isinstance(found, float) else found
-                print(f"  {' '.join(f'{name}={size}' for name, size in blocks.items())}: {shown}", flush=True)
-        except ValueError as error:
-            raise ConfigError(f"tune={error}") from error
-    print(f"\n{tuning.HERE / config.tune / 'tuning.json'}")
+        if peer not in peers.PEERS:
+            raise ConfigError(f"peers: no peer '{peer}'; {nearest(peer, peers.PEERS)}")
+    try:
+        session.run(
+            config.op, config.tune, shapes=config.shapes, only=config.only, dtype=config.dtype, peers=config.peers,
+            passes=config.passes, rounds=config.rounds, output=config.output,
+        )  # fmt: skip
+    except session.Unfit as error:
+        raise ConfigError(str(error)) from error

@@ -23,6 +23,7 @@ OTHERS = {
     "torch": "torch",
 }
 """Name of a peer → the package that it comes with."""
+PEERS = (*OWN, *OTHERS)
 
 
 def serves(peer: str, case: Case) -> bool:

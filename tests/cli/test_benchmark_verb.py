@@ -24,6 +24,10 @@ def test_operators_are_measured(run, tmp_path):
         (["tune=linear_atention"], "tune: no operator 'linear_atention'; did you mean 'linear_attention'?"),
         (["peers=[xal]"], "peers: no peer 'xal'; did you mean 'xla'?"),
         (["op=attention", "shapes=peers", "only=T9999"], "only: no case of attention has 'T9999' in its name; valid: "),
+        (
+            ["op=short_convolution", "shapes=peers"],
+            "shapes: short_convolution has none called peers; valid: models, tiny",
+        ),
         (["shapes=small"], "shapes: 'small' is not valid; valid: models, peers, tiny"),
         (["tune=attention"], "tune=attention: no kernel for backend cpu (Pallas kernels run on TPUs"),
     ],

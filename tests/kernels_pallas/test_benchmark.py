@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import subprocess
+import sys
 
 import jax
 import pytest
@@ -119,3 +121,14 @@ def test_every_kernel_lists_choices_of_its_own_blocks(op, platform, monkeypatch)
         with tuning.trying(op, {name: sizes[-1] for name, sizes in held.CHOICES.items()}):
             jax.eval_shape(forms.forward(case, "pallas"), jax.eval_shape(case.inputs))
     assert len(buckets) == 1 and set(held.CHOICES) <= set(usual[0])
+
+
+def test_where_jax_alone_is_installed():
+    """The module runs by itself, imports none of this project's other packages, and says what it cannot do."""
+    code = "import sys, runpy; runpy.run_module('kernels_pallas.benchmark', run_name='__main__')"
+    code += "; assert not {'efficient_lm', 'flax', 'hydra', 'pydantic'} & set(sys.modules)"
+    command = [sys.executable, "-c", code, "--op", "linear_recurrence", "--shapes", "tiny", "--rounds", "1"]
+    done = subprocess.run([*command, "--peers", "xla"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "linear_recurrence, B2 T75 D128, bfloat16, forward" in done.stdout, done.stderr
+    done = subprocess.run([*command, "--only", "T9"], capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and done.stderr.startswith("error: only: no case of linear_recurrence has 'T9'")
