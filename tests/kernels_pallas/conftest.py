@@ -1,5 +1,6 @@
 """What tests of kernels share: values and gradients of an operator, their error, lowering for GPUs, races."""
 
+import functools
 from collections.abc import Callable, Iterator, Mapping
 
 import jax
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 from jax import export
 
-from kernels_pallas.target import Target, compiling_for
+from kernels_pallas.target import Target, compiling_for, simulating
 
 
 @pytest.fixture(scope="session")
@@ -38,6 +39,20 @@ def results() -> Callable[..., dict[str, np.ndarray]]:
         named = {str(i): value for i, value in enumerate(outputs)}
         named |= {f"d{name}": value for name, value in gradients.items()}
         return {name: np.asarray(value, np.float64) for name, value in named.items()}
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def simulated(results) -> Callable[..., tuple[dict, dict]]:
+    """``simulated(op, values, **options)`` → `results` of its kernels for Hopper GPUs in the interpreter, and of its
+    definition in float32."""
+
+    def run(op: Callable, values: Mapping[str, jax.Array], **options) -> tuple[dict, dict]:
+        with simulating("gpu"):
+            got = results(functools.partial(op, implementation="pallas", **options), values)
+        exact = {name: value.astype(jnp.float32) for name, value in values.items()}
+        return got, results(functools.partial(op, implementation="reference", **options), exact)
 
     return run
 

@@ -33,17 +33,12 @@ def inputs(batch, time, channels, states, dtype, steps="mixed"):
 
 
 @pytest.fixture
-def compared(results, monkeypatch):
-    """``compared(values, segment_ids, spans, chunk)`` → results of the kernels in the interpreter, and of the
-    definition in float32."""
+def compared(simulated, monkeypatch):
+    """``compared(values, segment_ids, spans, chunk)`` → results of the kernels, and of the definition."""
 
     def run(values, segment_ids=None, spans=1, chunk=8):
         monkeypatch.setattr(mosaic_gpu, "spans", lambda blocks, chunks: spans)
-        op = functools.partial(selective_scan, segment_ids=segment_ids, chunk_size=chunk)
-        with simulating("gpu"):
-            got = results(functools.partial(op, implementation="pallas"), values)
-        exact = {name: value.astype(jnp.float32) for name, value in values.items()}
-        return got, results(functools.partial(op, implementation="reference"), exact)
+        return simulated(selective_scan, values, segment_ids=segment_ids, chunk_size=chunk)
 
     return run
 

@@ -1,7 +1,5 @@
 """The Hopper kernels of the short convolution: in the interpreter against the definition, and lowered for the GPU."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,17 +23,13 @@ def inputs(batch, time, channels, taps, dtype):
 
 
 @pytest.fixture
-def compared(results, monkeypatch):
-    """``compared(values, segment_ids, length)`` → results of the kernels in the interpreter, with spans of `length`
-    chunks of 8 tokens, and of the definition in float32."""
+def compared(simulated, monkeypatch):
+    """``compared(values, segment_ids, length)`` → results of the kernels, with spans of `length` chunks of 8 tokens,
+    and of the definition."""
 
     def run(values, segment_ids=None, length=8):
         monkeypatch.setattr(mosaic_gpu, "heuristic", lambda *inputs: {"chunk": 8, "length": length})
-        op = functools.partial(short_convolution, segment_ids=segment_ids)
-        with simulating("gpu"):
-            got = results(functools.partial(op, implementation="pallas"), values)
-        exact = {name: value.astype(jnp.float32) for name, value in values.items()}
-        return got, results(functools.partial(op, implementation="reference"), exact)
+        return simulated(short_convolution, values, segment_ids=segment_ids)
 
     return run
 
