@@ -9,7 +9,7 @@ import jax
 import pytest
 
 from kernels_pallas import kernel, tuning
-from kernels_pallas.benchmark import calls, ceilings, forms, gate, peers, race
+from kernels_pallas.benchmark import calls, ceilings, forms, gate, peers, race, session
 from kernels_pallas.benchmark.cases import _SIZES, REGISTRY, SETS, Case, cases
 from kernels_pallas.benchmark.tune import choices, tune
 from kernels_pallas.target import current, simulating
@@ -128,7 +128,13 @@ def test_where_jax_alone_is_installed():
     code = "import sys, runpy; runpy.run_module('kernels_pallas.benchmark', run_name='__main__')"
     code += "; assert not {'efficient_lm', 'flax', 'hydra', 'pydantic'} & set(sys.modules)"
     command = [sys.executable, "-c", code, "--op", "linear_recurrence", "--shapes", "tiny", "--rounds", "1"]
-    done = subprocess.run([*command, "--peers", "xla"], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [*command, "--peers", "xla", "--passes", "forward"], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0 and "linear_recurrence, B2 T75 D128, bfloat16, forward" in done.stdout, done.stderr
-    done = subprocess.run([*command, "--only", "T9"], capture_output=True, text=True, check=False)
-    assert done.returncode == 1 and done.stderr.startswith("error: only: no case of linear_recurrence has 'T9'")
+
+
+def test_what_cannot_be_measured_is_said():
+    options = {"shapes": "tiny", "dtype": "float32", "peers": [], "passes": [], "rounds": 1, "output": None}
+    with pytest.raises(session.Unfit, match="only: no case of attention has 'T9' in its name; valid: B1 T150"):
+        session.run("attention", None, only="T9", **options)

@@ -108,6 +108,7 @@ def test_tpu_kernel_over_more_cases_and_parts(case, parts, error, monkeypatch):
     assert error(got, decode(values, "reference", **options)) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", [None, 16])
 def test_tpu_kernel_on_simulated_memories(page, error, capfd):
     """In the interpreter that starts with NaN everywhere, and looks for races and for what is out of bounds."""

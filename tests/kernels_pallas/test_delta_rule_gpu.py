@@ -124,6 +124,7 @@ def test_inverses_of_systems_of_nearly_parallel_keys(error, without_races):
     assert error(got, np.linalg.inv(np.eye(64) + system.astype(np.float64))) < 1e-6
 
 
+@pytest.mark.slow
 def test_corrections_of_nearly_parallel_keys(error, without_races):
     batch, count, heads, width = 1, 1, 2, 64
     random = np.random.default_rng(0)
@@ -161,7 +162,7 @@ def shapes(batch, time, heads, groups, keys, values, decay):
     return arrays + [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in [(batch, time, heads), *decays]]
 
 
-@pytest.mark.parametrize("decay", ["head", "channel"])
+@pytest.mark.parametrize("decay", ["head", pytest.param("channel", marks=pytest.mark.slow)])
 def test_lowers_for_hopper_with_kernels_in_the_gradient(lowered_for_hopper, decay):
     inputs = shapes(2, 512, 8, 4 if decay == "head" else 8, 128, 128, decay)
 

@@ -73,6 +73,7 @@ def test_more_sizes(platform, tile, sizes, error):
         assert error(value, exact) < 8e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("platform", ["gpu", "tpu"])
 def test_the_same_bits_twice(platform):
     arguments = *inputs(jnp.bfloat16, (70, 64, 64), 2), jnp.array([33, 30])

@@ -53,6 +53,7 @@ def test_packed_rows_of_odd_lengths_and_widths(results, error, without_races, de
     assert within_bounds(found), found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("decay", ["head", "channel"])
 def test_decays_that_forget_all_beside_some_that_forget_nothing(results, error, without_races, decay):
     given = arguments(70, 2, 2, 64, 64, decay, least=1e-4, most=30)
@@ -78,6 +79,7 @@ def test_lengths_and_wide_states(results, error, without_races, time, decay):
     assert within_bounds(found), found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("decay", [pytest.param("none", marks=pytest.mark.slow), "head"])
 def test_heads_of_a_group_are_added_up_in_a_block(results, error, without_races, monkeypatch, decay):
     given = arguments(70, 4, 2, 64, 64, decay)
@@ -101,7 +103,7 @@ def shapes(batch, time, heads, groups, keys, values, decay):
     return arrays + ([jax.ShapeDtypeStruct(decays[decay], jnp.float32)] if decay in decays else [])
 
 
-@pytest.mark.parametrize("decay", ["none", "head", "channel"])
+@pytest.mark.parametrize("decay", [pytest.param("none", marks=pytest.mark.slow), "head", "channel"])
 def test_lowers_for_hopper_with_kernels_in_the_gradient(lowered_for_hopper, decay):
     inputs = shapes(8, 2048, 8, 8, 128, 256, decay)
 

@@ -88,6 +88,7 @@ def test_huge_logits(platform, results, error):
     assert all(np.all(np.isfinite(value)) for value in got.values())
 
 
+@pytest.mark.slow
 def test_logits_far_below_zero(platform, results, error):
     """Columns that only fill a tile, where a logit would be 0, neither count nor overflow."""
     values = inputs(jnp.float32, tokens=10, width=64)
@@ -96,6 +97,7 @@ def test_logits_far_below_zero(platform, results, error):
     compare(by_kernel(results, platform, values), by_definition(results, values), jnp.float32, error)
 
 
+@pytest.mark.slow
 def test_the_same_bits_twice(platform, results):
     values = inputs(jnp.bfloat16, tokens=70, width=64)
     once, again = (by_kernel(results, platform, values) for _ in range(2))

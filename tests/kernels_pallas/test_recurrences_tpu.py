@@ -138,7 +138,7 @@ def test_packed_rows_are_the_tokens(results, assert_close, case):
     assert_close(got, wanted(results, case, values, SEGMENTS), jnp.float32)
 
 
-@quick("linear_recurrence", "linear_attention, per head, keys shared", "short_convolution")
+@quick("linear_attention, per head, keys shared")
 def test_bfloat16_in_rows_that_are_not_packed(results, assert_close, case):
     values = inputs(case, jnp.bfloat16)
     with simulating("tpu"):

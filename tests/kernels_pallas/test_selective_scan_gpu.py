@@ -55,6 +55,7 @@ def test_packed_rows_in_spans_in_bfloat16(compared, error, bound, packed, withou
     assert all(error(got[name], wanted[name]) < bound(name, jnp.bfloat16, ("dt", "A")) for name in wanted)
 
 
+@pytest.mark.slow
 def test_the_same_bits_twice(compared, without_races):
     values = inputs(1, 18, 20, 64, jnp.float32)
     first, second = (compared(values, spans=2)[0] for _ in range(2))

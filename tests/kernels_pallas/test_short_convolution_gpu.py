@@ -45,6 +45,7 @@ def test_packed_rows_in_spans_in_bfloat16(compared, error, bound, packed, withou
     assert all(error(got[name], wanted[name]) < bound(name, jnp.bfloat16) for name in wanted)
 
 
+@pytest.mark.slow
 def test_packed_rows_in_spans_twice(compared, error, bound, packed, without_races):
     values = inputs(2, 37, 32, 4, jnp.float32)
     (got, wanted), (again, _) = (compared(values, packed(2, 37), length=1) for _ in range(2))
