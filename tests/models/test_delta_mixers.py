@@ -177,7 +177,7 @@ def test_cost_by_hand():
     [
         ({"kind": "gated_delta_net", "heads": 6, "key_heads": 4}, "mixer.key_heads: 4 do not divide 6 heads; nearest"),
         ({"kind": "kda", "heads": 64}, "mixer.heads: 64 heads leave no keys in width 16; at most 16"),
-        ({"kind": "delta_net", "implementation": "pallas"}, "implementation"),
+        ({"kind": "delta_net", "implementation": "cudnn"}, "implementation"),
     ],
 )
 def test_faults_name_the_key(options, words):
