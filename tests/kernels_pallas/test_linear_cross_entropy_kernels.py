@@ -51,7 +51,7 @@ def by_definition(results, values, **options):
         return results(functools.partial(linear_cross_entropy, implementation="reference", **options), values)
 
 
-def compare(got, wanted, dtype, error):
+def assert_close(got, wanted, dtype, error):
     outside = [3, 4]  # of tokens that have no label, the gradient in the weight means nothing
     for found in (got, wanted):
         found["dweights"] = np.delete(found["dweights"], outside)
@@ -68,7 +68,7 @@ def test_sums_and_gradients(platform, dtype, softcap, chunk, results, error):
     got = by_kernel(results, platform, values, softcap=softcap, chunk=chunk)
     wanted = by_definition(results, values, softcap=softcap)
     assert wanted["3"] > 3, "hits"
-    compare(got, wanted, dtype, error)
+    assert_close(got, wanted, dtype, error)
 
 
 @pytest.mark.slow
@@ -78,7 +78,7 @@ def test_sums_and_gradients(platform, dtype, softcap, chunk, results, error):
 def test_more_sizes(platform, tokens, width, softcap, dtype, results, error):
     values = inputs(dtype, tokens, width)
     got, wanted = by_kernel(results, platform, values, softcap=softcap), by_definition(results, values, softcap=softcap)
-    compare(got, wanted, dtype, error)
+    assert_close(got, wanted, dtype, error)
 
 
 def test_huge_logits(platform, results, error):
@@ -94,7 +94,7 @@ def test_logits_far_below_zero(platform, results, error):
     values = inputs(jnp.float32, tokens=10, width=64)
     w = jnp.asarray(values["w"] - 2, jnp.bfloat16)  # of which halves lose nothing, as logits of -128 would show it
     values |= {"x": jnp.ones((10, 64)), "w": w.astype(jnp.float32)}
-    compare(by_kernel(results, platform, values), by_definition(results, values), jnp.float32, error)
+    assert_close(by_kernel(results, platform, values), by_definition(results, values), jnp.float32, error)
 
 
 @pytest.mark.slow
