@@ -1,12 +1,15 @@
 """Softmax attention: grouped heads, windows, kept first tokens, sinks, softcap, prefixes, biases, packed documents."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
 from kernels_pallas import kernel, tuning
-from kernels_pallas.attention import cudnn, reference, tokamax, xla
+from kernels_pallas.attention import cudnn, reference, ring, tokamax, xla
 from kernels_pallas.attention.visibility import Visibility, document_ranks
 from kernels_pallas.dispatch import choose
+from kernels_pallas.over_time import over_devices
 from kernels_pallas.partition import partitioned
 from kernels_pallas.target import Target, current
 
@@ -71,7 +74,17 @@ def attention(
         q, k, causal, window, kept, prefix_length, segment_ids, key_segment_ids, query_positions, key_positions
     )
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    target, inputs = current(), (q, k, v, sinks, bias, visibility)
+    options = {"scale": scale, "softcap": softcap, "implementation": implementation}
+    if q.shape[1] == k.shape[1] and over_devices(q.shape[1]):
+        run = functools.partial(_attention, **options, return_lse=True)
+        y, lse = ring.attention(run, q, k, v, sinks, bias, visibility)
+        return (y, lse) if return_lse else y
+    return _attention(q, k, v, sinks, bias, visibility, **options, return_lse=return_lse)
+
+
+def _attention(q, k, v, sinks, bias, visibility: Visibility, *, scale, softcap, implementation, return_lse):
+    """By one of the implementations; y, or with `return_lse` y and the logsumexps."""
+    target, inputs, window = current(), (q, k, v, sinks, bias, visibility), visibility.window
     others = {
         "cudnn": cudnn.obstacles(q, k, v, sinks, visibility, softcap, return_lse),
         "xla": [],

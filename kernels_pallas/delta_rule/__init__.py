@@ -11,8 +11,9 @@ from kernels_pallas.arguments import (
     initial,
     state_dtype,
 )
-from kernels_pallas.delta_rule import reference, xla
+from kernels_pallas.delta_rule import over_time, reference, xla
 from kernels_pallas.dispatch import choose
+from kernels_pallas.over_time import over_devices
 from kernels_pallas.segments import check_segments, documents
 from kernels_pallas.target import current
 
@@ -73,6 +74,14 @@ def delta_rule(
     check_segments(op, segment_ids, batch, time)
     dtype = state_dtype(q, k, v, beta, log_decay, initial_state)
     state = initial(op, initial_state, (batch, heads, k.shape[-1], v.shape[-1]), dtype)
+    if over_devices(time):
+
+        def run(*inputs):
+            *inputs, ids, start = inputs
+            options = {"chunk_size": chunk_size, "implementation": implementation}
+            return delta_rule(*inputs, segment_ids=ids, initial_state=start, **options)
+
+        return over_time.delta_rule(run, q, k, v, beta, log_decay, state, segment_ids)
     inputs, target = (q, k, v, beta, log_decay), current()
     name = choose(op, implementation, kernel.ranked(op, target, _bucket(*inputs), inputs, xla=[], reference=[]))
     rows = documents(segment_ids)

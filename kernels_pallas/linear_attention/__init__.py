@@ -12,7 +12,8 @@ from kernels_pallas.arguments import (
     state_dtype,
 )
 from kernels_pallas.dispatch import choose
-from kernels_pallas.linear_attention import reference, xla
+from kernels_pallas.linear_attention import over_time, reference, xla
+from kernels_pallas.over_time import over_devices
 from kernels_pallas.segments import check_segments, documents
 from kernels_pallas.target import current
 
@@ -74,6 +75,13 @@ def linear_attention(
     state = initial(op, initial_state, (batch, heads, k.shape[-1], v.shape[-1]), dtype)
     if log_decay is not None and log_decay.ndim == 1:
         log_decay = jnp.broadcast_to(log_decay, (batch, time, heads))
+    if over_devices(time):
+
+        def run(*inputs):
+            *inputs, ids = inputs
+            return linear_attention(*inputs, segment_ids=ids, chunk_size=chunk_size, implementation=implementation)
+
+        return over_time.linear_attention(run, q, k, v, log_decay, state, segment_ids)
     inputs, target = (q, k, v, log_decay), current()
     name = choose(op, implementation, kernel.ranked(op, target, _bucket(*inputs), inputs, xla=[], reference=[]))
     rows = documents(segment_ids)

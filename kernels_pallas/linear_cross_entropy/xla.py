@@ -18,6 +18,7 @@ class _Options(NamedTuple):
     z_loss: float
     softcap: float | None
     chunk: int
+    over: str | None
 
 
 def default_chunk(tokens: int, vocabulary: int, backend: str) -> int:
@@ -33,10 +34,15 @@ def default_chunk(tokens: int, vocabulary: int, backend: str) -> int:
     return min(tokens, chunk)
 
 
-def sums(x, w, labels, weights, *, z_loss: float, softcap: float | None, chunk: int | None):
-    """Weighted sums of cross entropy, squared log-normaliser and hits; x [N,D], w [D,V], labels and weights [N]."""
+def sums(x, w, labels, weights, *, z_loss: float, softcap: float | None, chunk: int | None, over: str | None = None):
+    """Weighted sums of cross entropy, squared log-normaliser and hits; x [N,D], w [D,V], labels and weights [N].
+
+    `over` is the mesh axis that divides the vocabulary, in a `shard_map`: w and the logits are then a device's part.
+    """
     tokens = x.shape[0]
-    options = _Options(z_loss, softcap, max(1, tokens if chunk is None else min(chunk, tokens)))
+    options = _Options(z_loss, softcap, max(1, tokens if chunk is None else min(chunk, tokens)), over)
+    if over is not None:
+        labels = labels - jax.lax.axis_index(over) * w.shape[1]
     return _sums(options, x, w, labels, weights)
 
 
@@ -46,7 +52,7 @@ def _sums(options, x, w, labels, weights):
 
     def step(_, part):
         logits, _ = _logits(options, part[0], head)
-        return None, _measure(logits, part[1])
+        return None, _measure(options, logits, part[1])
 
     return total(_for_chunks(options, step, None, (x, labels))[1], weights)
 
@@ -59,7 +65,8 @@ def _forward(options, x, w, labels, weights):
 
 def _backward(options, residuals, cotangents):
     x, w, labels, weights, tokens, dx, dw = residuals
-    dloss, dsquares, _ = cotangents
+    # The loss is a sum over devices with a part of the vocabulary each: all of them pull on every part.
+    dloss, dsquares, _ = cotangents if options.over is None else jax.lax.psum(cotangents, options.over)
 
     def stored():
         return dx * dloss.astype(dx.dtype), dw * dloss.astype(dw.dtype)
@@ -68,7 +75,8 @@ def _backward(options, residuals, cotangents):
         return _with_gradient(options, x, w, labels, dloss * weights, dsquares * weights)[1:]
 
     dx, dw = jax.lax.cond(dsquares == options.z_loss * dloss, stored, recomputed)
-    return dx, dw, None, weight_gradient(tokens, dloss, dsquares).astype(weights.dtype)
+    dweights = weight_gradient(tokens, *cotangents[:2])
+    return dx, dw, None, dweights.astype(weights.dtype)
 
 
 _sums.defvjp(_forward, _backward)
@@ -81,7 +89,7 @@ def _with_gradient(options, x, w, labels, loss_weights, square_weights):
     def step(dw, part):
         x, labels, loss_weights, square_weights = part
         logits, slope = _logits(options, x, head)
-        tokens = _measure(logits, labels)
+        tokens = _measure(options, logits, labels)
         pull = (loss_weights + 2 * square_weights * tokens.normalisers)[:, None]
         at_label = jnp.where(_is_label(logits, labels), loss_weights[:, None], 0)
         dlogits = pulled(logits, slope, tokens.normalisers[:, None], pull, at_label).astype(x.dtype)
@@ -102,10 +110,17 @@ def _logits(options, x, head):
     return capped(products, options.softcap)
 
 
-def _measure(logits, labels) -> Tokens:
+def _measure(options, logits, labels) -> Tokens:
     largest = jnp.max(logits, axis=-1)
-    normalisers = largest + jnp.log(jnp.sum(jnp.exp(logits - largest[:, None]), axis=-1))
-    picked = jnp.take_along_axis(logits, labels[:, None], axis=-1, mode="clip")[:, 0]
+    if options.over is None:
+        normalisers = largest + jnp.log(jnp.sum(jnp.exp(logits - largest[:, None]), axis=-1))
+        picked = jnp.take_along_axis(logits, labels[:, None], axis=-1, mode="clip")[:, 0]
+    else:
+        largest = jax.lax.pmax(largest, options.over)
+        powers = jnp.sum(jnp.exp(logits - largest[:, None]), axis=-1)
+        here = jnp.sum(jnp.where(_is_label(logits, labels), logits, 0), axis=-1)
+        powers, picked = jax.lax.psum((powers, here), options.over)
+        normalisers = largest + jnp.log(powers)
     return Tokens(normalisers - picked, normalisers, picked >= largest)
 
 

@@ -12,7 +12,8 @@ from kernels_pallas.arguments import (
     state_dtype,
 )
 from kernels_pallas.dispatch import choose
-from kernels_pallas.linear_recurrence import reference, xla
+from kernels_pallas.linear_recurrence import over_time, reference, xla
+from kernels_pallas.over_time import over_devices
 from kernels_pallas.segments import check_segments, documents, silence
 from kernels_pallas.target import current
 
@@ -65,6 +66,12 @@ def linear_recurrence(
     check_segments(op, segment_ids, batch, time)
     dtype = state_dtype(log_a, x, initial_state)
     state = initial(op, initial_state, (batch, channels), dtype)
+    if over_devices(time):
+
+        def run(log_a, x, ids):
+            return linear_recurrence(log_a, x, segment_ids=ids, chunk_size=chunk_size, implementation=implementation)
+
+        return over_time.linear_recurrence(run, log_a, x, state, segment_ids)
     inputs, target = (log_a, x), current()
     name = choose(op, implementation, kernel.ranked(op, target, _bucket(*inputs), inputs, xla=[], reference=[]))
     rows = documents(segment_ids)

@@ -5,8 +5,9 @@ import jax
 from kernels_pallas import kernel, tuning
 from kernels_pallas.arguments import check_chunk_size, check_rank, check_shape, check_sign, initial, state_dtype
 from kernels_pallas.dispatch import choose
+from kernels_pallas.over_time import over_devices
 from kernels_pallas.segments import check_segments, documents
-from kernels_pallas.selective_scan import reference, xla
+from kernels_pallas.selective_scan import over_time, reference, xla
 from kernels_pallas.target import current
 
 _ROWS = ("batch", None, "heads")
@@ -67,6 +68,14 @@ def selective_scan(
     check_segments(op, segment_ids, batch, time)
     dtype = state_dtype(u, dt, A, B, C, D, initial_state)
     state = initial(op, initial_state, (batch, channels, states), dtype)
+    if over_devices(time):
+
+        def run(*inputs):
+            *inputs, ids, start = inputs
+            options = {"chunk_size": chunk_size, "implementation": implementation}
+            return selective_scan(*inputs, segment_ids=ids, initial_state=start, **options)
+
+        return over_time.selective_scan(run, u, dt, A, B, C, D, state, segment_ids)
     inputs, target = (u, dt, A, B, C, D), current()
     name = choose(op, implementation, kernel.ranked(op, target, _bucket(*inputs), inputs, xla=[], reference=[]))
     rows = documents(segment_ids)

@@ -5,8 +5,9 @@ import jax
 from kernels_pallas import kernel, tuning
 from kernels_pallas.arguments import check_chunk_size, check_rank, check_shape, initial, state_dtype
 from kernels_pallas.dispatch import choose
+from kernels_pallas.over_time import over_devices
 from kernels_pallas.segments import check_segments, documents, silence
-from kernels_pallas.short_convolution import reference, xla
+from kernels_pallas.short_convolution import over_time, reference, xla
 from kernels_pallas.target import current
 
 _CHANNELS = ("batch", None, "heads")
@@ -58,6 +59,12 @@ def short_convolution(
     check_segments(op, segment_ids, batch, time)
     dtype = state_dtype(x, w, bias, initial_state)
     state = initial(op, initial_state, (batch, taps - 1, channels), dtype)
+    if over_devices(time):
+
+        def run(x, w, bias, ids, start):
+            return short_convolution(x, w, bias, segment_ids=ids, initial_state=start, implementation=implementation)
+
+        return over_time.short_convolution(run, x, w, bias, state, segment_ids)
     inputs, target = (x, w, bias), current()
     name = choose(op, implementation, kernel.ranked(op, target, _bucket(*inputs), inputs, xla=[], reference=[]))
     rows = documents(segment_ids)

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable, Iterator, Mapping
+from types import ModuleType
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +40,38 @@ def results() -> Callable[..., dict[str, np.ndarray]]:
         named = {str(i): value for i, value in enumerate(outputs)}
         named |= {f"d{name}": value for name, value in gradients.items()}
         return {name: np.asarray(value, np.float64) for name, value in named.items()}
+
+    return run
+
+
+@pytest.fixture
+def in_spans(simulated, monkeypatch) -> Callable[..., Callable[..., tuple[dict, dict]]]:
+    """``in_spans(op, module)(values, segment_ids, spans, chunk)`` → `simulated`, its kernels for Hopper, of `module`,
+    with the length in so many spans of chunks."""
+
+    def choose(op: Callable, module: ModuleType) -> Callable[..., tuple[dict, dict]]:
+        def run(values: Mapping[str, jax.Array], segment_ids=None, spans: int = 1, chunk: int = 8):
+            monkeypatch.setattr(module, "spans", lambda blocks, chunks: spans)
+            return simulated(op, values, segment_ids=segment_ids, chunk_size=chunk)
+
+        return run
+
+    return choose
+
+
+@pytest.fixture(scope="session")
+def in_groups() -> Callable[..., tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """``in_groups(x, w, pull, sizes)`` → y, dx and dw of a grouped product in float64, group by group; the matrices as
+    the products read them."""
+
+    def run(x, w, pull, sizes):
+        x, w, pull = (np.asarray(value, np.float64) for value in (x, w.astype(x.dtype), pull))
+        y, dx, dw, start = np.zeros(pull.shape), np.zeros(x.shape), np.zeros(w.shape), 0
+        for group, size in enumerate(sizes):
+            rows = slice(start, start := start + size)
+            y[rows], dx[rows] = x[rows] @ w[group], pull[rows] @ w[group].T
+            dw[group] = x[rows].T @ pull[rows]
+        return y, dx, dw
 
     return run
 

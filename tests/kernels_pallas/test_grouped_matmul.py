@@ -27,16 +27,6 @@ def inputs(dtype=np.float64):
     return [generator.normal(size=shape).astype(dtype) for shape in shapes]
 
 
-def in_numpy(x, w, pull, sizes):
-    """y, dx and dw, group by group."""
-    y, dx, dw, start = np.zeros(pull.shape), np.zeros(x.shape), np.zeros(w.shape), 0
-    for group, size in enumerate(sizes):
-        rows = slice(start, start := start + size)
-        y[rows], dx[rows] = x[rows] @ w[group], pull[rows] @ w[group].T
-        dw[group] = x[rows].T @ pull[rows]
-    return y, dx, dw
-
-
 @functools.cache
 def computed(implementation, tile=None):
     """One program for all sizes: y, dx and dw."""
@@ -55,26 +45,26 @@ def of_form(form):
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
-def test_values_and_gradients_in_float64(form, sizes):
+def test_values_and_gradients_in_float64(form, sizes, in_groups):
     with jax.enable_x64(True):
         x, w, pull = inputs()
         # What rows of no group hold reaches nothing.
         x[sum(sizes) :] = np.nan
         got = of_form(form)(x, w, pull, jnp.asarray(sizes))
-    for value, wanted in zip(got, in_numpy(x, w, pull, sizes), strict=True):
+    for value, wanted in zip(got, in_groups(x, w, pull, sizes), strict=True):
         assert value.dtype == np.float64
         np.testing.assert_allclose(value, wanted, atol=1e-12)
 
 
 @pytest.mark.parametrize("form", ["reference", "xla, tiles of 3"])
-def test_narrow_rows_with_a_float32_matrix(form):
+def test_narrow_rows_with_a_float32_matrix(form, in_groups):
     x, w, pull = inputs(np.float32)
     x, pull = jnp.asarray(x, jnp.bfloat16), jnp.asarray(pull, jnp.bfloat16)
     w = np.asarray(jnp.asarray(w, jnp.bfloat16), np.float32)
     got = of_form(form)(x, w, pull, jnp.asarray(SIZES["uneven"]))
     assert [value.dtype for value in got] == [jnp.bfloat16, jnp.bfloat16, jnp.float32]
     wide = (np.asarray(value, np.float64) for value in (x, w, pull))
-    for value, wanted, bound in zip(got, in_numpy(*wide, SIZES["uneven"]), (8e-3, 8e-3, 1e-6), strict=True):
+    for value, wanted, bound in zip(got, in_groups(*wide, SIZES["uneven"]), (8e-3, 8e-3, 1e-6), strict=True):
         np.testing.assert_allclose(np.asarray(value, np.float64), wanted, atol=bound * np.abs(wanted).max())
 
 
@@ -84,10 +74,10 @@ def test_the_matrix_gradient_accumulates_in_float32():
     assert float(computed("xla", 1)(x, w, pull, jnp.array([1024]))[2][0, 0, 0]) == 1024
 
 
-def test_groups_end_where_the_rows_do():
+def test_groups_end_where_the_rows_do(in_groups):
     x, w, pull = inputs(np.float32)
     got = of_form("xla, tiles of 3")(x, w, pull, jnp.array([20, 30, 4, 0]))
-    for value, wanted in zip(got, in_numpy(x, w, pull, [20, 3, 0, 0]), strict=True):
+    for value, wanted in zip(got, in_groups(x, w, pull, [20, 3, 0, 0]), strict=True):
         np.testing.assert_allclose(value, wanted, atol=1e-5)
 
 

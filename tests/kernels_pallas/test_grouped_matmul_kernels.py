@@ -27,17 +27,6 @@ def inputs(dtype, shape, groups, w_dtype=jnp.float32):
     return [jnp.asarray(value, kind) for value, kind in zip(values, (dtype, w_dtype, dtype), strict=True)]
 
 
-def in_numpy(x, w, pull, sizes):
-    """y, dx and dw, group by group; the matrices as the products read them."""
-    x, w, pull = (np.asarray(value, np.float64) for value in (x, w.astype(x.dtype), pull))
-    y, dx, dw, start = np.zeros(pull.shape), np.zeros(x.shape), np.zeros(w.shape), 0
-    for group, size in enumerate(sizes):
-        rows = slice(start, start := start + size)
-        y[rows], dx[rows] = x[rows] @ w[group], pull[rows] @ w[group].T
-        dw[group] = x[rows].T @ pull[rows]
-    return y, dx, dw
-
-
 def training(x, w, pull, sizes, tile=None):
     y, back = jax.vjp(lambda x, w: grouped_matmul(x, w, sizes, tile=tile, implementation="pallas"), x, w)
     return y, *back(pull)
@@ -50,12 +39,12 @@ def simulated(platform, *arguments, **options):
 
 @pytest.mark.parametrize("platform", ["gpu", "tpu"])
 @pytest.mark.parametrize("case", CASES)
-def test_values_and_gradients(platform, case, error):
+def test_values_and_gradients(platform, case, error, in_groups):
     dtype, shape, sizes = CASES[case]
     x, w, pull = inputs(dtype, shape, len(sizes))
     x, pull = (value.at[sum(sizes) :].set(jnp.nan) for value in (x, pull))  # what these hold reaches nothing
     got = simulated(platform, x, w, pull, jnp.asarray(sizes), tile=64)
-    wanted = in_numpy(x, w, pull, sizes)
+    wanted = in_groups(x, w, pull, sizes)
     assert [value.dtype for value in got] == [dtype, dtype, jnp.float32]
     for value, exact, bound in zip(got, wanted, BOUNDS[dtype], strict=True):
         assert error(value, exact) < bound
@@ -65,11 +54,11 @@ def test_values_and_gradients(platform, case, error):
 @pytest.mark.parametrize("platform", ["gpu", "tpu"])
 @pytest.mark.parametrize("tile", [64, 128])
 @pytest.mark.parametrize("sizes", [[1] * 9 + [200], [129, 7, 128, 8, 0], [300, 30, 4], [0, 0]])
-def test_more_sizes(platform, tile, sizes, error):
+def test_more_sizes(platform, tile, sizes, error, in_groups):
     x, w, pull = inputs(jnp.bfloat16, (300, 136, 72), len(sizes), jnp.bfloat16)
     got = simulated(platform, x, w, pull, jnp.asarray(sizes), tile=tile)
     ends = np.minimum(np.cumsum(sizes), 300)  # groups end where the rows do
-    for value, exact in zip(got, in_numpy(x, w, pull, np.diff(ends, prepend=0)), strict=True):
+    for value, exact in zip(got, in_groups(x, w, pull, np.diff(ends, prepend=0)), strict=True):
         assert error(value, exact) < 8e-3
 
 

@@ -165,7 +165,7 @@ def test_default_chunk():
 @pytest.mark.parametrize(
     ("position", "value", "message"),
     [
-        (0, np.zeros((22, 8, 1)), "x must be"),
+        (0, np.zeros(22), "x must be"),
         (1, np.zeros((7, 50)), r"w must be \[8, vocabulary\], not shape \(7, 50\)"),
         (2, np.zeros(21, np.int32), "labels must have shape"),
         (2, np.zeros(22), "labels must be integers"),

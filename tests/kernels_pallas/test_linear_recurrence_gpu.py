@@ -36,14 +36,8 @@ def inputs(batch, time, channels, dtype, decays="mixed"):
 
 
 @pytest.fixture
-def compared(simulated, monkeypatch):
-    """``compared(values, segment_ids, spans, chunk)`` → results of the kernels, and of the definition."""
-
-    def run(values, segment_ids=None, spans=1, chunk=8):
-        monkeypatch.setattr(mosaic_gpu, "spans", lambda blocks, chunks: spans)
-        return simulated(linear_recurrence, values, segment_ids=segment_ids, chunk_size=chunk)
-
-    return run
+def compared(in_spans):
+    return in_spans(linear_recurrence, mosaic_gpu)
 
 
 def test_one_row_of_odd_sizes(compared, error, bound, without_races):
@@ -57,6 +51,7 @@ def test_packed_rows_in_spans_in_bfloat16(compared, error, bound, packed, withou
     assert all(error(got[name], wanted[name]) < bound(name, jnp.bfloat16, ("log_a",)) for name in wanted)
 
 
+@pytest.mark.slow
 def test_extreme_decays_and_the_same_bits_twice(compared, error, bound, packed, without_races):
     values = inputs(1, 40, 130, jnp.float32, "extreme")
     (got, wanted), (again, _) = (compared(values, packed(1, 40), spans=3) for _ in range(2))

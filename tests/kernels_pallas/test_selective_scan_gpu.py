@@ -33,14 +33,8 @@ def inputs(batch, time, channels, states, dtype, steps="mixed"):
 
 
 @pytest.fixture
-def compared(simulated, monkeypatch):
-    """``compared(values, segment_ids, spans, chunk)`` → results of the kernels, and of the definition."""
-
-    def run(values, segment_ids=None, spans=1, chunk=8):
-        monkeypatch.setattr(mosaic_gpu, "spans", lambda blocks, chunks: spans)
-        return simulated(selective_scan, values, segment_ids=segment_ids, chunk_size=chunk)
-
-    return run
+def compared(in_spans):
+    return in_spans(selective_scan, mosaic_gpu)
 
 
 def test_one_row_of_odd_sizes(compared, error, bound, without_races):

@@ -1,0 +1,52 @@
+"""Collectives read out of a program: in loops as often as these run, in every way of writing who takes part."""
+
+import pytest
+
+from kernels_pallas.ahead.collectives import collectives, totals
+
+PROGRAM = """HloModule step
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %sum = f32[] add(%a, %b)
+}
+
+%body (p: (s32[], bf16[4,8])) -> (s32[], bf16[4,8]) {
+  %p = (s32[], bf16[4,8]{1,0}) parameter(0)
+  %part = bf16[4,8]{1,0} get-tuple-element(%p), index=1
+  %start = ((bf16[4,8]), bf16[16,8]) all-gather-start(%part), replica_groups=[2,4]<=[8], metadata={op_name="layer"}
+  %done = bf16[16,8]{1,0} all-gather-done(%start)
+  ROOT %out = (s32[], bf16[4,8]{1,0}) tuple(%index, %part)
+}
+
+%condition (p: (s32[], bf16[4,8])) -> pred[] {
+  %p = (s32[], bf16[4,8]{1,0}) parameter(0)
+  %last = s32[] constant(16)
+  ROOT %less = pred[] compare(%index, %last), direction=LT
+}
+
+ENTRY %main (x: bf16[4,8], y: f32[32]) -> f32[4] {
+  %x = bf16[4,8]{1,0} parameter(0)
+  %y = f32[32]{0} parameter(1)
+  %loop = (s32[], bf16[4,8]{1,0}) while(%begin), condition=%condition, body=%bodySAID
+  %all = f32[32]{0} all-reduce(%y), replica_groups={{0,1},{2,3}}, to_apply=%add
+  ROOT %own = f32[4]{0} reduce-scatter(%all), replica_groups=mesh['data'=2,'fsdp'=8] {'fsdp'}
+}
+"""
+
+
+@pytest.mark.parametrize(("said", "times"), [(', backend_config={"known_trip_count":{"n":"12"}}', 12), ("", 16)])
+def test_a_program_is_read(said, times):
+    gather, reduce, scatter = collectives(PROGRAM.replace("SAID", said))
+    assert gather == ("all-gather", 4 * 8 * 2, 4, times, "layer")
+    assert gather.moved == 64 * 3 * times
+    assert (reduce.operands, reduce.devices, reduce.moved) == (128, 2, 128)
+    assert (scatter.operands, scatter.devices, scatter.moved) == (128, 8, 128 * 7 / 8)
+    assert totals([gather, gather])["all-gather"] == {"written": 2, "runs": 2 * times, "bytes": 2 * gather.moved}
+
+
+def test_a_loop_of_unknown_length_is_not_guessed():
+    text = PROGRAM.replace("SAID", "").replace("constant(16)", "parameter(1)")
+    with pytest.raises(ValueError, match="a loop around start does not say how often it runs"):
+        collectives(text)
