@@ -152,7 +152,7 @@ class Halting(nnx.Module):
     """The probability that a token which has come so far leaves here."""
 
     def __init__(self, width: int, prior: float):
-        self.weight = parameter({"embed": width}, ZEROS)
+        self.weight = parameter({"embed": width}, ZEROS, sums=(0,))
         self.bias = parameter({}, Constant(math.log(prior / (1 - prior))))
 
     def __call__(self, x: jax.Array) -> jax.Array:

@@ -16,6 +16,7 @@ from efficient_lm.models.context import Context
 from efficient_lm.models.elastic import ElasticSpec, NumberingSpec
 from efficient_lm.models.exits import Exits, ExitSpec, ExitStreams
 from efficient_lm.models.layer_embedding import LayerEmbeddingSpec
+from efficient_lm.models.layers.lookup import lookup
 from efficient_lm.models.layers.norms import NormSpec, RMSNormSpec
 from efficient_lm.models.mixers.base import MixerSpec
 from efficient_lm.models.parameters import Blueprint, Initialization, Normal, Parameters, parameter
@@ -26,6 +27,10 @@ from efficient_lm.spec import Count, Listing, OneOf, Positive, Spec
 
 if TYPE_CHECKING:
     from efficient_lm.models.skipping.base import SkippingSpec
+
+
+MOST_LAYERS = 4096
+"""Each is described by itself before anything is built."""
 
 
 class ModelSpec(Spec):
@@ -79,6 +84,11 @@ class ModelSpec(Spec):
 
     @model_validator(mode="after")
     def _consistent(self) -> "ModelSpec":
+        if len(self.layout) * self.repeats > MOST_LAYERS:
+            raise ConfigError(
+                f"model.repeats: {self.repeats} times {len(self.layout)} layers are more than {MOST_LAYERS}; "
+                f"at most {MOST_LAYERS // len(self.layout)}"
+            )
         for index, name in enumerate(self.layout):
             if name not in self.blocks:
                 raise ConfigError(f"model.layout[{index}]: no block is named '{name}'; {nearest(name, self.blocks)}")
@@ -205,7 +215,7 @@ class Embedding(nnx.Module):
 
     def __call__(self, tokens: jax.Array, positions: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
         """int32 `tokens`, `positions` ``[batch, time]`` → ``[batch, time, width]``."""
-        x = self.tokens[...][tokens].astype(dtype)
+        x = lookup(self.tokens[...], tokens, dtype)
         x = x if self.multiplier == 1.0 else x * jnp.asarray(self.multiplier, dtype)
         return x if self.positions is None else x + self.positions[...][positions].astype(dtype)
 

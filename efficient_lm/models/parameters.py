@@ -131,6 +131,8 @@ class Declaration:
         decay: whether weight decay applies.
         matrix: (input axes, output axes) of the matrix it holds, other axes being a batch of matrices; None if none.
         initializer: how it starts.
+        sums: where it holds no matrix: the axes that what it makes of its input sums over, as that of a vector whose
+            product with the input is a number; none of those it is only multiplied by or added to.
     """
 
     shape: tuple[int, ...]
@@ -138,21 +140,47 @@ class Declaration:
     decay: bool
     matrix: tuple[tuple[int, ...], tuple[int, ...]] | None
     initializer: Initializer
+    sums: tuple[int, ...] = ()
+
+    @property
+    def inputs(self) -> tuple[int, ...]:
+        """Axes that each of its outputs sums over."""
+        return self.sums if self.matrix is None else self.matrix[0]
+
+    @property
+    def outputs(self) -> tuple[int, ...]:
+        """Axes of its outputs; in the one that is left there are matrices side by side."""
+        rest = tuple(axis for axis in range(len(self.shape)) if axis not in self.sums)
+        return rest if self.matrix is None else self.matrix[1]
 
     @property
     def size(self) -> int:
         """Number of values."""
         return math.prod(self.shape)
 
+    @property
+    def batch_axes(self) -> tuple[int, ...]:
+        """Axes along which it is many: those beside its matrix, or, where it holds none, layers and experts."""
+        if self.matrix is not None:
+            return tuple(axis for axis in range(len(self.shape)) if axis not in sum(self.matrix, ()))
+        return tuple(axis for axis, name in enumerate(self.axes) if name in ("layers", "experts"))
+
+    @property
+    def own_axes(self) -> tuple[int, ...]:
+        """All other axes: those of one of the many."""
+        return tuple(axis for axis in range(len(self.shape)) if axis not in self.batch_axes)
+
     def stacked(self, count: int, axis: str = "layers") -> "Declaration":
         """The declaration of `count` such parameters in one array with a leading axis of this name."""
         shifted = self.matrix and tuple(tuple(place + 1 for place in side) for side in self.matrix)
-        return replace(self, shape=(count, *self.shape), axes=(axis, *self.axes), matrix=shifted)
+        sums = tuple(place + 1 for place in self.sums)
+        return replace(self, shape=(count, *self.shape), axes=(axis, *self.axes), matrix=shifted, sums=sums)
 
     def unstacked(self) -> "Declaration":
         """The declaration of one of the parameters in an array with a leading axis `layers`."""
         shifted = self.matrix and tuple(tuple(axis - 1 for axis in side) for side in self.matrix)
-        return replace(self, shape=self.shape[1:], axes=self.axes[1:], matrix=shifted)
+        sums = tuple(axis - 1 for axis in self.sums)
+        return replace(self, shape=self.shape[1:], axes=self.axes[1:], matrix=shifted, sums=sums)
 
 
 def parameter(
@@ -161,13 +189,14 @@ def parameter(
     *,
     decay: bool = False,
     matrix: tuple[tuple[int, ...], tuple[int, ...]] | None = None,
+    sums: tuple[int, ...] = (),
 ) -> nnx.Param:
     """A float32 parameter that carries its declaration; `Blueprint.init` gives it its first values.
 
     `axes` maps each logical axis, in order, to its size.
     """
     shape = tuple(axes.values())
-    declaration = Declaration(shape, tuple(axes), decay, matrix, initializer)
+    declaration = Declaration(shape, tuple(axes), decay, matrix, initializer, sums)
     return nnx.Param(jnp.zeros(shape, jnp.float32), declaration=declaration)
 
 

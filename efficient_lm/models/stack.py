@@ -22,6 +22,7 @@ from efficient_lm.models.layers.linear import GROUPED
 from efficient_lm.models.parameters import Blueprint, Initialization, Parameters, map_declarations
 from efficient_lm.models.sharing import Sharing
 from efficient_lm.models.traversal import Passage, State, Traversal
+from kernels_pallas.partition import constrained
 
 Remat = Literal["none", "full", "dots", "names"]
 Caches = dict[str, dict[str, Any]]
@@ -247,6 +248,7 @@ class Stack:
             observed: dict[str, Any] = {}
             for place, blueprint in enumerate(period):
                 name, layer = f"layer_{place}", part.start + place
+                x = constrained(x, (*[None] * (x.ndim - 3), "batch", "time"))
                 inputs = None if step.inputs is None else step.inputs[place]
                 here = self.told(context, layer, step.numbers[place], inputs, found)
                 cache = None if step.caches is None else step.caches[name]

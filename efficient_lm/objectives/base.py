@@ -62,6 +62,18 @@ class ObjectiveSpec(Choice, role="objective"):
         """
         raise TypeError(f"{type(self).__name__} does not define sums")
 
+    def drawn(
+        self,
+        model: LanguageModel,
+        params: Parameters,
+        batch: Batch,
+        dtype: jax.typing.DTypeLike,
+        packed: bool,
+        key: jax.Array,
+    ) -> Batch:
+        """The batch with targets drawn from the model's own predictions, as estimates of the curvature want them."""
+        raise TypeError(f"{type(self).__name__} does not define drawn")
+
 
 def context_of(batch: Batch, packed: bool = True, key: jax.Array | None = None) -> Context:
     """The positions and documents of a batch, for a pass without cache."""

@@ -1,5 +1,6 @@
 """Next-token prediction."""
 
+import math
 from typing import Literal
 
 import jax
@@ -13,6 +14,9 @@ from efficient_lm.objectives.distillation import Teacher, distillation
 from efficient_lm.objectives.exit_losses import exit_losses
 from efficient_lm.spec import Count, Real
 from kernels_pallas.linear_cross_entropy import CrossEntropySums, linear_cross_entropy
+
+DRAWN_TOGETHER = 4096
+"""Tokens, about, for which predictions exist at one time when targets are drawn from them."""
 
 
 class CausalLMSpec(ObjectiveSpec):
@@ -42,10 +46,10 @@ class CausalLMSpec(ObjectiveSpec):
 
         def read(hidden: jax.Array, weights: jax.Array) -> CrossEntropySums:
             return linear_cross_entropy(
-                hidden.reshape(-1, hidden.shape[-1]),
+                hidden,
                 model.head_weight(params),
-                batch["targets"].reshape(-1),
-                weights.reshape(-1),
+                batch["targets"],
+                weights,
                 z_loss=self.z_loss,
                 softcap=model.spec.logit_softcap,
                 chunk=self.chunk,
@@ -68,6 +72,28 @@ class CausalLMSpec(ObjectiveSpec):
             loss, more = exit_losses(model, params, hidden, streams, weights, read, self._total, sums)
             metrics |= more
         return _finished(loss, metrics, auxiliary, weights)
+
+    def drawn(
+        self,
+        model: LanguageModel,
+        params: Parameters,
+        batch: Batch,
+        dtype: jax.typing.DTypeLike,
+        packed: bool,
+        key: jax.Array,
+    ) -> Batch:
+        hidden = model.hidden(params, batch["tokens"], context_of(batch, packed), dtype=dtype)[0]
+        rows, time, width = hidden.shape
+        pieces = math.gcd(time, -(-rows * time // DRAWN_TOGETHER))
+
+        def draw(piece: tuple[jax.Array, jax.Array]) -> jax.Array:
+            return jax.random.categorical(piece[1], model.logits_from(params, piece[0]))
+
+        # Pieces along time, so that rows stay on their devices.
+        cut = jnp.moveaxis(hidden.reshape(rows, pieces, time // pieces, width), 1, 0)
+        found = jax.lax.map(draw, (cut, jax.random.split(key, pieces)))
+        targets = jnp.moveaxis(found, 0, 1).reshape(rows, time).astype(batch["targets"].dtype)
+        return batch | {"targets": targets}
 
     def _total(self, sums: CrossEntropySums) -> jax.Array:
         """What is minimised at one head."""

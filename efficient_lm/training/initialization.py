@@ -50,8 +50,15 @@ class Source:
     context: int | None
 
 
-def sections(source: str) -> dict[str, Any]:
+OWN = ("run", "tracker", "init_from", "init_state")
+"""Sections of a config that no other run takes over."""
+
+
+def sections(source: str, whole: bool = False) -> dict[str, Any]:
     """`model` and `tokenizer` of a run config that begins with `source`, as plain values; no tensor is read.
+
+    Args:
+        whole: every section of a run that another may take over.
 
     Raises:
         CheckpointError, ConfigError: as `efficient_lm.load`.
@@ -64,7 +71,8 @@ def sections(source: str) -> dict[str, Any]:
     config = _config(run.config)
     own = config.tokenizer.dump()
     tokenizer = {"kind": "file", "path": str(run.tokenizer.absolute())} if own["kind"] == "file" else own
-    return {"model": config.model.dump(), "tokenizer": tokenizer}
+    rest = {name: section for name, section in config.dump().items() if whole and name not in OWN}
+    return {**rest, "model": config.model.dump(), "tokenizer": tokenizer}
 
 
 def read_source(path: Path) -> Source:
@@ -89,8 +97,14 @@ def _config(path: Path) -> Any:
     return read_config(path)
 
 
-def check_source(path: Path, model: LanguageModel) -> None:
-    """Whether `model` can begin with the model at a path; no tensor is read. Raises as `transferred`."""
+def check_source(path: Path, model: LanguageModel, whole: bool = False) -> None:
+    """Whether `model` can begin with the model at a path; no tensor is read. Raises as `transferred`.
+
+    Args:
+        whole: with its optimizer and its step too, which only runs have.
+    """
+    if whole and is_published(path):
+        raise ConfigError(f"init_state: all is of runs, and {path} is a published model; use parameters")
     spec = validate(ModelSpec, sections(str(path))["model"], "model")
     theirs = {name: declared.shape for name, declared, _ in _places(spec.build())}
     _check_shapes(theirs, {name: declared for name, declared, _ in _places(model)}, str(path))

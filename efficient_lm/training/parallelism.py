@@ -1,7 +1,9 @@
 """Where arrays live: a device mesh, and a table from logical axes to mesh axes."""
 
+import contextlib
 import math
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from functools import cached_property
 from typing import Any
 
 import jax
@@ -15,14 +17,20 @@ from efficient_lm.models.ffns.expert_parallel import AXIS, BATCH_AXES
 from efficient_lm.models.language_model import ModelSpec
 from efficient_lm.models.parameters import Declaration, Parameters, map_declarations
 from efficient_lm.spec import Spec
+from kernels_pallas.partition import MESH_AXES, place, placing
+
+AXES = tuple(axis for axes in MESH_AXES.values() for axis in axes)
+"""The mesh axes there can be."""
 
 
 class ParallelismSpec(Spec):
     """How devices are arranged and what is divided among them.
 
     Attributes:
-        mesh: size of each mesh axis, in order; at most one is -1 and takes the devices that are left.
-        rules: logical axis of a parameter → the mesh axis that divides it; what is not named is whole everywhere.
+        mesh: size of each mesh axis, in order; at most one is -1 and takes the devices that are left. ``data``,
+            ``fsdp`` and ``expert`` divide the batch, ``context`` the tokens of a row, ``tensor`` what rules say.
+        rules: logical axis of a parameter → the mesh axis that divides it, the first that fits; what is not named is
+            whole everywhere.
     """
 
     mesh: dict[str, int] = {"data": -1}
@@ -37,6 +45,9 @@ class Layout:
     """A mesh of devices and the shardings that follow from it."""
 
     def __init__(self, spec: ParallelismSpec, devices: list[jax.Device]):
+        for axis in spec.mesh:
+            if axis not in AXES:
+                raise ConfigError(f"parallelism.mesh.{axis}: no such axis; {nearest(axis, AXES)}")
         sizes = _sizes(spec.mesh, len(devices))
         for axis, target in spec.rules.items():
             if target not in sizes:
@@ -47,10 +58,14 @@ class Layout:
         self.replicated = NamedSharding(self.mesh, P())
         self.batch_axes = tuple(axis for axis in BATCH_AXES if axis in sizes)
         self.batch_ways = math.prod(sizes[axis] for axis in self.batch_axes)
+        self.context_axes = tuple(axis for axis in MESH_AXES["time"] if axis in sizes)
+        self.context_ways = math.prod(sizes[axis] for axis in self.context_axes)
 
-    def active(self) -> AbstractContextManager:
-        """A context in which layers can ask for the mesh, as experts divided over devices do."""
-        return jax.set_mesh(self.mesh)
+    @contextlib.contextmanager
+    def active(self) -> Iterator[None]:
+        """A context in which layers can ask for the mesh and the rules, as experts divided over devices do."""
+        with jax.set_mesh(self.mesh), placing(self.rules):
+            yield
 
     def check_experts(self, model: ModelSpec) -> None:
         """Refuse experts that do not divide over their mesh axis. Raises `ConfigError`."""
@@ -69,38 +84,97 @@ class Layout:
                     f"model.blocks.{name}.ffn; valid: {fitting}"
                 )
 
-    def check_batch(self, batch_size: int, accumulate: int) -> None:
-        """Refuse a batch that does not divide into micro-batches and over devices. Raises `ConfigError`."""
+    def check_batch(self, batch_size: int, accumulate: int, key: str = "train.batch_size") -> None:
+        """Refuse a batch that does not divide into micro-batches and over devices. Raises `ConfigError` with `key`."""
         pieces = self.batch_ways * accumulate
         if batch_size % pieces:
             below, above = batch_size // pieces * pieces, -(-batch_size // pieces) * pieces
             valid = " or ".join(str(size) for size in (below, above) if size)
             parts = f"{self.batch_ways} devices" + (f" × train.accumulate={accumulate}" if accumulate > 1 else "")
-            raise ConfigError(f"train.batch_size: {batch_size} does not divide over {parts}; nearest valid: {valid}")
+            raise ConfigError(f"{key}: {batch_size} does not divide over {parts}; nearest valid: {valid}")
+
+    def check_context(self, model: ModelSpec, *lengths: int) -> None:
+        """Refuse rows of lengths that do not divide over devices, and layers that cannot divide them.
+
+        Raises:
+            ConfigError: naming the key.
+        """
+        ways = self.context_ways
+        for length in lengths:
+            if not length % ways:
+                continue
+            below, above = length // ways * ways, -(-length // ways) * ways
+            valid = " or ".join(str(size) for size in (below, above) if size)
+            key = "sequence_length" if length == max(lengths) else "sequence_schedule"
+            raise ConfigError(
+                f"train.{key}: {length} does not divide over {ways} devices of parallelism.mesh.context; "
+                f"nearest valid: {valid}"
+            )
+        for name, layer in zip(model.layer_names(), model.layers(), strict=True):
+            for key, mixer in _mixers("mixer", layer.mixer) if ways > 1 else ():
+                if getattr(mixer, "implementation", None) == "cudnn":
+                    raise ConfigError(
+                        f"model.blocks.{name}.{key}.implementation: 'cudnn' returns no logsumexps, by which devices "
+                        "that divide the tokens merge what they attended to; valid with parallelism.mesh.context: "
+                        "auto, xla, pallas; or parallelism=fsdp"
+                    )
 
     def parameters(self, declarations: Parameters) -> Any:
-        """The sharding of every parameter."""
-        return map_declarations(lambda declaration: NamedSharding(self.mesh, self._spec(declaration)), declarations)
+        """The sharding of every parameter; see `kernels_pallas.partition.place`."""
 
-    def _spec(self, declaration: Declaration) -> P:
-        """An axis that its mesh axis does not divide evenly, or a mesh axis already used, leaves the axis whole."""
-        placed: list[str | None] = []
-        for axis, size in zip(declaration.axes, declaration.shape, strict=True):
-            target = self.rules.get(axis)
-            fits = target is not None and target not in placed and size % self.mesh.shape[target] == 0
-            placed.append(target if fits else None)
-        return P(*placed)
+        def sharding(declaration: Declaration) -> NamedSharding:
+            return NamedSharding(self.mesh, place(declaration.axes, declaration.shape, self.rules, self.mesh.shape))
+
+        return map_declarations(sharding, declarations)
+
+    @cached_property
+    def part(self) -> tuple[int, int]:
+        """Which part of each batch this process's devices hold, and of how many: all of it if it has one process.
+
+        Raises:
+            ConfigError: the rows of a process do not lie together, or are more than another's.
+        """
+        spread = NamedSharding(self.mesh, P(self.batch_axes or None)).devices_indices_map((self.batch_ways,))
+        held: dict[int, set[int]] = {}
+        for device, (rows,) in spread.items():
+            held.setdefault(device.process_index, set()).add(rows.start or 0)
+        own = held[jax.process_index()]
+        for rows in held.values():
+            if len(rows) != len(own) or max(rows) - min(rows) >= len(own) or min(rows) % len(own):
+                raise ConfigError(
+                    f"parallelism.mesh: {self.mesh.shape} leaves processes with rows of a batch that are apart from "
+                    f"each other; name {', '.join(self.batch_axes)} before other axes"
+                )
+        return min(own) // len(own), self.batch_ways // len(own)
 
     def batch(self, arrays: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-        """Put this process's rows of a batch on its devices."""
-        sharding = NamedSharding(self.mesh, P(self.batch_axes or None))
-        return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in arrays.items()}
+        """Put this process's part of a batch on its devices."""
+        parts = self.part[1]
+
+        def put(array: np.ndarray) -> jax.Array:
+            whole = (array.shape[0] * parts, *array.shape[1:])
+            return jax.make_array_from_process_local_data(self._rows(whole), array, whole)
+
+        return {name: put(array) for name, array in arrays.items()}
 
     def abstract_batch(self, rows: int, length: int) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes, dtypes and shardings of a batch of text, over all processes."""
-        sharding = NamedSharding(self.mesh, P(self.batch_axes or None))
+        sharding = self._rows((rows, length))
         names = dict.fromkeys(("tokens", "targets", "segment_ids", "positions"), jnp.int32) | {"weights": jnp.float32}
         return {name: jax.ShapeDtypeStruct((rows, length), dtype, sharding=sharding) for name, dtype in names.items()}
+
+    def _rows(self, shape: tuple[int, ...]) -> NamedSharding:
+        """Of an array ``[rows, time]``, or ``[rows]``; tokens that do not divide stay together."""
+        over_time = self.context_axes if len(shape) > 1 and shape[1] % self.context_ways == 0 else ()
+        return NamedSharding(self.mesh, P(self.batch_axes or None, *([over_time] if over_time else [])))
+
+
+def _mixers(key: str, mixer: Any) -> Iterator[tuple[str, Any]]:
+    """A mixer and those inside of it, with their keys."""
+    if mixer is not None:
+        yield key, mixer
+        for name, part in mixer.inside().items():
+            yield from _mixers(f"{key}.{name}.mixer", part)
 
 
 def _sizes(mesh: dict[str, int], devices: int) -> dict[str, int]:

@@ -11,17 +11,21 @@ import optax
 
 from efficient_lm.config import RunConfig
 from efficient_lm.data.base import Data
-from efficient_lm.data.tokenizers import Tokenizer
+from efficient_lm.data.fingerprint import fingerprint
+from efficient_lm.data.tokenizers import AbsentTokenizer, Tokenizer
 from efficient_lm.elastic.nested import nested_models
 from efficient_lm.elastic.nesting import NoNestingSpec
 from efficient_lm.errors import ConfigError
 from efficient_lm.evaluation.bits_per_byte import make_scorer
 from efficient_lm.evaluation.diagnostics import Diagnostics
 from efficient_lm.models.language_model import LanguageModel
-from efficient_lm.models.parameters import decay_mask
-from efficient_lm.training.freezing import Trainable, for_trained, trainable
+from efficient_lm.models.parameters import Parameters
+from efficient_lm.training.freezing import Trainable, trainable
 from efficient_lm.training.initialization import Source, check_source, transferred
 from efficient_lm.training.parallelism import Layout
+from efficient_lm.training.parameterization import started
+from efficient_lm.training.portions import Portions
+from efficient_lm.training.probes import make_probe, parameter_sizes
 from efficient_lm.training.step import abstract_state, initial_state, make_step, state_shardings
 from kernels_pallas.target import current
 
@@ -38,12 +42,34 @@ class Setup:
     schedule: Callable[[Any], Any]
     optimizer: optax.GradientTransformation
     chosen: Trainable | None = None
+    growths: Any = None
+
+    @property
+    def averaged(self) -> bool:
+        """Whether an average of the parameters is kept."""
+        return self.config.train.average is not None
+
+    @cached_property
+    def portions(self) -> Portions:
+        """What each step is given."""
+        return Portions(self.config.train)
 
     @cached_property
     def step(self) -> Callable:
         """The jitted training step ``(state, batch) -> (state, metrics)``; the state is donated."""
+        shardings = state_shardings(self.model, self.optimizer, self.layout, self.averaged)
+        shardings |= {"spikes": self.layout.replicated} if self.config.train.spike.looks else {}
+        return jax.jit(self._step(), donate_argnums=0, out_shardings=(shardings, self.layout.replicated))
+
+    @cached_property
+    def probe(self) -> Callable:
+        """The jitted look ``(state, batch) -> sizes`` at what the step is about to do (see `training.probes`)."""
+        probe = make_probe(self._step(parameter_sizes), self.model, self.config.precision.dtype)
+        return jax.jit(probe, out_shardings=self.layout.replicated)
+
+    def _step(self, look: Callable | None = None) -> Callable:
         train = self.config.train
-        step = make_step(
+        return make_step(
             self.model,
             self.config.objective,
             self.optimizer,
@@ -53,14 +79,26 @@ class Setup:
             seed=self.config.run.seed,
             chosen=self.chosen,
             nesting=self.config.nesting,
+            average=train.average,
+            spike=train.spike,
+            look=look,
         )
-        shardings = state_shardings(self.model, self.optimizer, self.layout)
-        return jax.jit(step, donate_argnums=0, out_shardings=(shardings, self.layout.replicated))
+
+    @cached_property
+    def provenance(self) -> dict[str, Any]:
+        """What a checkpoint comes from, besides its config: told with every checkpoint, compared when it is resumed."""
+        mesh = self.layout.mesh
+        return {
+            "seed": self.config.run.seed,
+            "tokenizer": self.tokenizer.fingerprint,
+            "data": fingerprint(self.data),
+            "layout": {"devices": mesh.size, "processes": jax.process_count(), "mesh": dict(mesh.shape)},
+        }
 
     @cached_property
     def scorer(self) -> Callable:
         """The jitted evaluation of a batch."""
-        return make_scorer(self.model, self.config.precision.dtype)
+        return make_scorer(self.model, self.config.precision.dtype, sharding=self.layout.replicated)
 
     @cached_property
     def smaller(self) -> list[tuple[str, Callable, Callable]]:
@@ -68,28 +106,41 @@ class Setup:
         if isinstance(self.config.nesting, NoNestingSpec):
             return []
         *small, _ = nested_models(self.model)
-        dtype = self.config.precision.dtype
-        return [(each.name, jax.jit(each.parameters), make_scorer(each.model, dtype)) for each in small]
+        options = {"dtype": self.config.precision.dtype, "sharding": self.layout.replicated}
+        return [(each.name, jax.jit(each.parameters), make_scorer(each.model, **options)) for each in small]
 
     @cached_property
     def diagnostics(self) -> Diagnostics:
         """What looks inside the mixers."""
         return Diagnostics(self.model, self.config.precision.dtype)
 
+    def fresh_parameters(self, key: jax.Array) -> Parameters:
+        """Parameters as the parametrization starts them; to be called in a trace."""
+        return started(self.model.init(key), self.growths)
+
     def fresh_state(self, source: Source | None = None) -> dict[str, Any]:
         """Parameters from a source, or from the seed and then born on the devices that keep them."""
-        shardings = state_shardings(self.model, self.optimizer, self.layout)
+        shardings = state_shardings(self.model, self.optimizer, self.layout, self.averaged)
         key = jax.random.key(self.config.run.seed)
         if source is None:
-            init = jax.jit(lambda key: initial_state(self.model.init(key), self.optimizer), out_shardings=shardings)
-            return init(key)
+            born = lambda key: initial_state(self.fresh_parameters(key), self.optimizer, self.averaged)  # noqa: E731
+            return jax.jit(born, out_shardings=shardings)(key)
         params = jax.device_put(transferred(source, self.model, self.tokenizer, key), shardings["parameters"])
-        begin = jax.jit(lambda params: initial_state(params, self.optimizer), out_shardings=shardings, donate_argnums=0)
+        begin = jax.jit(
+            lambda params: initial_state(params, self.optimizer, self.averaged),
+            out_shardings=shardings,
+            donate_argnums=0,
+        )
         return begin(params)
+
+    def kept_in_record(self, record: dict[str, Any]) -> dict[str, Any]:
+        """What of the state is in a checkpoint's record, and not among its arrays."""
+        spike = self.config.train.spike
+        return jax.device_put(spike.resumed(record), self.layout.replicated)
 
     def abstract_state(self) -> dict[str, Any]:
         """Shapes, dtypes and shardings of the state."""
-        return abstract_state(self.model, self.optimizer, self.layout)
+        return abstract_state(self.model, self.optimizer, self.layout, self.averaged)
 
 
 def with_vocabulary(config: RunConfig, tokenizer: Tokenizer) -> RunConfig:
@@ -105,6 +156,17 @@ def with_vocabulary(config: RunConfig, tokenizer: Tokenizer) -> RunConfig:
     return config.model_copy(update={"model": model})
 
 
+def with_factors(config: RunConfig) -> RunConfig:
+    """The config with the constant factors that go with the model's width; of a model that is there, with its own.
+
+    Raises:
+        ConfigError: the model does not work at the parametrization's base width.
+    """
+    model, parameterization = config.parameterization.held(config.model)
+    model = model if config.init_from is None else config.model
+    return config.model_copy(update={"model": model, "parameterization": parameterization})
+
+
 def check_kernels(config: RunConfig) -> None:
     """Refuse kernels that are asked for by name where none runs. Raises `ConfigError`."""
     named = {"train.kernels": config.train.kernels}
@@ -116,6 +178,11 @@ def check_kernels(config: RunConfig) -> None:
         raise ConfigError(f"{asked[0]}: no kernel runs on {where[0]}; valid here: auto, xla")
 
 
+def schedule_of(config: RunConfig) -> Callable[[Any], Any]:
+    """Step, from 0 → learning rate."""
+    return config.schedule.build(config.optimizer.learning_rate, config.train.steps)
+
+
 def prepare(config: RunConfig) -> Setup:
     """Open tokenizer and data, define model and optimizer; nothing is written and no array is allocated.
 
@@ -125,19 +192,24 @@ def prepare(config: RunConfig) -> Setup:
     """
     train = config.train
     layout = config.parallelism.build()
-    layout.check_batch(train.batch_size, train.accumulate)
+    portions = Portions(train)
+    portions.check(layout, train.accumulate)
     layout.check_experts(config.model)
     check_kernels(config)
     tokenizer = config.tokenizer.build()
-    config = with_vocabulary(config, tokenizer)
+    if config.data.reads_text and isinstance(tokenizer, AbsentTokenizer):
+        raise ConfigError(f"tokenizer: data of the kind '{config.data.kind}' is text; valid: sotu_bpe, bytes, file")
+    config = with_factors(with_vocabulary(config, tokenizer))
     model = config.model.build()
     model.check_length(train.sequence_length, "train.sequence_length")
+    layout.check_context(config.model, *(portion.length for portion in portions.portions))
     if config.model.elastic is not None:
         nested_models(model)  # It says so if a part leaves nothing that works.
     if config.init_from is not None:
-        check_source(Path(config.init_from), model)
+        check_source(Path(config.init_from), model, config.init_state == "all")
     data = config.data.open(tokenizer, train.sequence_length, config.run.seed)
-    schedule = config.schedule.build(config.optimizer.learning_rate, train.steps)
+    schedule = schedule_of(config)
     chosen = trainable(model.declarations, train.only, train.freeze, train.frozen_experts)
-    optimizer = for_trained(config.optimizer.build(schedule, decay_mask(model.declarations)), chosen)
-    return Setup(config, tokenizer, data, layout, model, schedule, optimizer, chosen)
+    growths = config.parameterization.growth(model)
+    optimizer = config.optimizer.build(schedule, model.declarations, growths=growths, chosen=chosen)
+    return Setup(config, tokenizer, data, layout, model, schedule, optimizer, chosen, growths)

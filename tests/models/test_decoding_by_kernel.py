@@ -13,6 +13,7 @@ from kernels_pallas import target
 WIDTH, BATCH, PROMPT, TIME = 16, 2, 5, 9
 
 
+@pytest.mark.quick_for("{}")
 @pytest.mark.parametrize("options", [{}, {"window": 4, "kept_tokens": 1, "sink_logit": True, "softcap": 3.0}], ids=str)
 def test_decoding_by_a_kernel_equals_plain_jax(options, drawn):
     sizes = {"heads": 4, "kv_heads": 2, "head_size": 8, **options}

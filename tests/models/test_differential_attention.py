@@ -77,6 +77,7 @@ def test_equals_its_equations(heads, kv_heads, window, drawn):
         assert_close(y, by_the_equations(row, wide, heads, kv_heads, 0.35, window))
 
 
+@pytest.mark.quick_for("window")
 @pytest.mark.parametrize("name", OPTIONS)
 def test_prefill_and_decoding_equal_the_full_pass(name, bold):
     model = model_of(**OPTIONS[name])
@@ -93,6 +94,7 @@ def test_prefill_and_decoding_equal_the_full_pass(name, bold):
     assert_close(model.logits_from(params, jnp.concatenate(pieces, 1)), want)
 
 
+@pytest.mark.quick_for("grouped")
 @pytest.mark.parametrize("name", OPTIONS)
 def test_documents_stay_apart_and_the_future_is_not_seen(name, bold):
     model = model_of(**OPTIONS[name])

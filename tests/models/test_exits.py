@@ -69,6 +69,7 @@ def test_an_exit_is_the_head_of_a_shallower_model(bold):
     assert float(sums.loss) == pytest.approx(want, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_pondering_is_its_equations(bold):
     model = spec(
         exits={"layers": [1, 2], "norm": "own", "loss": {"kind": "ponder", "prior": 0.3, "penalty": 0.5}}
@@ -94,6 +95,7 @@ def test_pondering_is_its_equations(bold):
     np.testing.assert_allclose(PonderLossSpec(prior=0.3).distribution(2), prior / prior.sum())
 
 
+@pytest.mark.slow
 def test_an_accelerated_stream_runs_ahead(bold):
     stream = {"rank": 3, "rate": 2.0, "alignment": 0.7}
     model = spec(exits={"layers": [1, 3], "stream": stream}).build()

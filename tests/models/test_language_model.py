@@ -56,6 +56,7 @@ def model_for(encoding, reach):
     return spec({**ENCODINGS[encoding], **REACH[reach]}, **options).build()
 
 
+@pytest.mark.quick_for("rotary-window", "alibi-window_and_kept", "relative_bias-full", "learned-full", "rotary-sinks")
 @pytest.mark.parametrize(("encoding", "reach"), CASES)
 def test_prefill_and_decoding_equal_the_full_pass(encoding, reach, bold):
     model = model_for(encoding, reach)
@@ -74,6 +75,7 @@ def test_prefill_and_decoding_equal_the_full_pass(encoding, reach, bold):
     assert_close(jnp.concatenate(pieces, 1), want)
 
 
+@pytest.mark.quick_for("rotary-window", "alibi-full", "relative_bias-window_and_kept", "learned-window")
 @pytest.mark.parametrize(("encoding", "reach"), CASES)
 def test_a_packed_document_is_as_if_alone(encoding, reach, bold):
     model = model_for(encoding, reach)
@@ -117,6 +119,7 @@ def loss_and_gradient(model, params, ids):
     return jax.jit(jax.value_and_grad(loss))(params)
 
 
+@pytest.mark.quick_for("changed0", "changed1")
 @pytest.mark.parametrize("changed", [{"scan": False}, {"remat": "full"}, {"remat": "dots"}, {"remat": "names"}])
 def test_scan_and_rematerialisation_change_nothing(changed, bold):
     plain, other = (spec(repeats=3, **{"remat": "none"} | options).build() for options in ({}, changed))
@@ -134,6 +137,7 @@ def saved_bytes(**options):
     return gradient.lower(params, ids).compile().memory_analysis().temp_size_in_bytes
 
 
+@pytest.mark.slow
 def test_rematerialisation_saves_memory():
     everything, named, full = (saved_bytes(remat=remat) for remat in ("none", "names", "full"))
     assert full < named < everything
@@ -185,6 +189,7 @@ NORM_PLACES = [{"norm_position": place} for place in ("pre", "post", "output", "
 RESIDUALS = [{}, {"residual": "parallel"}, {"residual": "parallel", "shared_norm": True}]
 
 
+@pytest.mark.quick_for("place0-residual0", "place1-residual1", "place2-residual2", "place3-residual0")
 @pytest.mark.parametrize("residual", RESIDUALS)
 @pytest.mark.parametrize("place", NORM_PLACES)
 def test_every_residual_form(place, residual, bold):

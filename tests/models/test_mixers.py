@@ -96,6 +96,7 @@ def causal(request, mixer_of):
     return mixer_of(request.param)
 
 
+@pytest.mark.quick_for("attention", "mamba", "mamba2", "gated_delta_net", "gla", "hydra")
 def test_rows_without_documents_equal_rows_of_one_document(mixer):
     x = inputs()
     check_close(mixer.rows(x, Context.rows(1, TIME)), mixer.rows(x, alone(TIME)))
@@ -120,6 +121,7 @@ def test_the_future_is_not_seen(causal):
         assert np.abs(np.asarray(after - before)[:, cut]).max() > 1e-4, "and the present is"
 
 
+@pytest.mark.quick_for("attention", "mamba", "mamba2", "gated_delta_net", "gla", "multi_latent")
 def test_two_pieces_with_a_carried_cache_equal_the_whole(causal):
     x, rows = inputs(), alone(TIME)
     whole, cache, made = causal.rows(x, rows), causal.empty_cache(), []
@@ -144,6 +146,7 @@ def test_prefill_and_decoding_equal_the_whole(causal, prompt):
     check_close(causal.decode(x[:, :total], prompt, cache), whole[:, prompt:total])
 
 
+@pytest.mark.quick_for("attention", "mamba", "mamba2", "gated_delta_net", "gla")
 def test_bfloat16_follows_float32(mixer):
     x = inputs()
     exact = np.asarray(mixer.rows(x, alone(TIME)))
@@ -153,12 +156,14 @@ def test_bfloat16_follows_float32(mixer):
     assert np.sqrt(np.mean(error**2)) < 3e-2 * np.sqrt(np.mean(exact**2))
 
 
+@pytest.mark.quick_for("attention", "mamba", "mamba2", "gated_delta_net", "gla")
 def test_gradients_are_finite_at_any_scale(mixer):
     for scale in (0.0, 1.0, 1e3):
         for leaf in jax.tree.leaves(mixer.slopes(mixer.params, inputs(scale=scale), inputs(key=9))):
             assert np.all(np.isfinite(leaf))
 
 
+@pytest.mark.quick_for("mamba", "mamba2", "gated_delta_net", "gla", "kda", "rg_lru")
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if "implementation" in MixerSpec.kinds[kind].model_fields])
 def test_the_chunked_form_equals_the_reference(kind, mixer_of, drawn):
     """The chunked form is what runs where nothing is said."""

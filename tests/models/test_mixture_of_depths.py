@@ -67,6 +67,7 @@ def tanh_norm(scores):
 TANH_NORM = {"weight": "tanh", "weight_scale": 0.2, "weight_offset": 1.0}
 
 
+@pytest.mark.quick_for("rule0-sigmoid-ones_like")
 @pytest.mark.parametrize(
     ("rule", "weight", "passing"),
     [
@@ -211,6 +212,7 @@ MIXERS = [
 ]
 
 
+@pytest.mark.quick_for("attention")
 @pytest.mark.parametrize(
     "mixer",
     [pytest.param(mixer, id=mixer["kind"], marks=[pytest.mark.slow] * (mixer["kind"] == "rg_lru")) for mixer in MIXERS],
@@ -236,6 +238,7 @@ def test_a_cache_gives_what_rows_with_decisions_of_their_own_give(mixer, model_o
     np.testing.assert_array_equal(left, model.layers[1].depth.budget(TIME) - ran.sum(axis=1))
 
 
+@pytest.mark.slow
 def test_decoding_is_top_k_where_decisions_are_membership(model_of):
     """With a router's bias between the scores of the k-th token and the next, decisions and top-k are the same."""
     model, params = model_of(BLOCK["mixer"])
@@ -255,6 +258,7 @@ def test_decoding_is_top_k_where_decisions_are_membership(model_of):
     np.testing.assert_allclose(jax.jit(causal.logits)(params, tokens), whole, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_full_cache_lets_tokens_pass(model_of):
     model, params = model_of(BLOCK["mixer"], capacity=0.05, slack=0.0, selection="causal")
     time, budget = 48, 3 + 32

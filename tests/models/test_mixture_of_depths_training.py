@@ -50,9 +50,8 @@ def trained(model, steps):
     return state["parameters"], seen
 
 
-@pytest.mark.parametrize(
-    ("decide", "weight"), [("predictor", "identity"), pytest.param("router", "sigmoid", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("decide", "weight"), [("predictor", "identity"), ("router", "sigmoid")])
 def test_decisions_learn_what_top_k_says(decide, weight):
     """After a short training 95 % of decisions are those of top-k, and the loss by them is within 1 %."""
     rule = {"kind": "mixture_of_depths", "capacity": 0.125, "every": 2, "decide": decide, "weight": weight}
@@ -73,6 +72,7 @@ def test_decisions_learn_what_top_k_says(decide, weight):
     assert abs(loss(model.spec.decided("causal")) / loss(model.spec) - 1) < 0.01
 
 
+@pytest.mark.slow
 def test_around_a_mixture_of_experts(drawn):
     """Staged MoDE: the tokens that run a block are those that its experts see; records are of whole rows."""
     ffn = {"kind": "moe", "experts": 4, "top_k": 2, "expert": {"kind": "swiglu", "hidden": 16}}
@@ -102,6 +102,7 @@ def dense():
     return model, trained(model, 20)[0]
 
 
+@pytest.mark.slow
 def test_ranks_of_attention(dense):
     """A layer whose queries are all zero attends to everything before alike, and the rank of that is known."""
     model, params = dense
@@ -117,6 +118,7 @@ def test_ranks_of_attention(dense):
     assert lowest_ranks([None, high, None, low], 0.5) == [3] and lowest_ranks([low, high, high, low], 0.5) == [0, 3]
 
 
+@pytest.mark.slow
 def test_layers_of_a_dense_model_get_the_rule(dense):
     """With all tokens and p-MoD's weights little changes; with half, what a layer changes more runs, rather."""
     model, params = dense

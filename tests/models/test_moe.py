@@ -99,6 +99,7 @@ def loop(spec, params, x, segments):
     return jnp.where(live, y, 0.0), jnp.where(live, ranking >= least, False)
 
 
+@pytest.mark.quick_for("softmax-even", "softmax-empty", "softmax-hot", "one-hot", "one-empty", "one-even")
 @pytest.mark.parametrize("bias", BIASES)
 @pytest.mark.parametrize("case", CASES)
 def test_equals_the_loop_over_experts(case, bias, built):
@@ -143,6 +144,7 @@ def test_padding_goes_nowhere(built):
 DENSE = [kind for kind, found in FFNSpec.kinds.items() if issubclass(found, DenseSpec)]
 
 
+@pytest.mark.quick_for("mlp-options0", "swiglu-options5")
 @pytest.mark.parametrize(("kind", "options"), [(kind, {}) for kind in DENSE] + [("swiglu", {"ternary": True})])
 def test_any_dense_kind_is_an_expert(kind, options, drawn):
     spec = FFNSpec.lookup(kind).model_validate({"kind": kind, "hidden": HIDDEN, "bias": True, **options})

@@ -78,6 +78,7 @@ def by_the_equations(spec, x, p):
     return np.einsum("thv,hve->te", y, p["output"]["weight"]) + p["output"].get("bias", 0.0)
 
 
+@pytest.mark.quick_for("plain")
 @pytest.mark.parametrize("name", CASES)
 def test_training_and_decoding_equal_the_equations(name, built):
     """Decoding goes another way: it looks at latents, in pieces of one token and of several."""

@@ -92,6 +92,7 @@ def test_equals_dense_masks_document_by_document(params):
         start += length
 
 
+@pytest.mark.quick_for("pieces0")
 @pytest.mark.parametrize("pieces", [(33, 1, 1, 10), (3, 30, 12)])
 def test_decoding_continues_documents_from_the_cache(params, pieces):
     """Prompts come with padding on their left; a piece may complete several blocks, or none."""
@@ -137,6 +138,7 @@ def test_no_token_meets_all_others():
     assert time < largest < time**2 / 8
 
 
+@pytest.mark.slow
 def test_every_parameter_learns(params):
     gradients = jax.jit(jax.grad(lambda params, x: jnp.sum(MIXER(params)(x, packed())[0] ** 2)))(params, inputs())
     assert all(float(jnp.abs(leaf).max()) > 1e-3 for leaf in jax.tree.leaves(gradients))

@@ -45,6 +45,7 @@ def made(request, bold):
     return Made(bold, GATES[request.param])
 
 
+@pytest.mark.quick_for("attention")
 def test_pieces_from_a_cache_are_the_whole_row(made):
     caches, found, start = made.model.init_caches(2, TIME), [], 0
     for length in (11, 1, 1, 1):
@@ -73,6 +74,7 @@ def test_every_layer_takes_the_same_experts(made):
     np.testing.assert_array_equal(again.observed["segment_0"]["layer_0"]["routes"], routes)
 
 
+@pytest.mark.slow
 def test_every_parameter_has_a_gradient(bold):
     made = Made(bold, GATES["attention"])
     loss = jax.jit(jax.grad(lambda params: jnp.sum(made.model.logits(params, made.tokens) ** 2)))

@@ -63,6 +63,7 @@ def test_who_takes_from_whom(made):
     assert set(shared) == {"query", "query_norm", "output"}
 
 
+@pytest.mark.slow
 def test_pieces_from_a_cache_are_the_whole_row(made):
     caches, found, start = made.model.init_caches(2, TIME), [], 0
     assert caches["segment_1"]["layer_0"] == caches["segment_2"]["layer_0"] == {}
@@ -90,6 +91,7 @@ def test_documents_packed_together_are_as_if_alone(made):
     np.testing.assert_allclose(packed[:, 9:], made.hidden[:, : TIME - 9], atol=made.tolerance)
 
 
+@pytest.mark.slow
 def test_every_parameter_takes_part_and_nothing_hangs_on_the_scan(made):
     def slopes(model):
         return jax.jit(jax.grad(lambda params: jnp.sum(jnp.sin(model.logits(params, made.ids)))))(made.params)

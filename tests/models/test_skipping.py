@@ -73,6 +73,7 @@ POLICIES = {
 }
 
 
+@pytest.mark.quick_for("confidence")
 @pytest.mark.parametrize("kind", POLICIES)
 def test_prefill_and_decoding_equal_the_full_pass(model, params, plain, kind):
     run, empty = passes(model, policy(kind, **POLICIES[kind])), model.init_caches(2, TIME)

@@ -1,10 +1,12 @@
 """What a plan says, against counts by hand."""
 
+import jax
 import pytest
 
 from efficient_lm.cli.main import main
+from efficient_lm.cli.plan import _print_placements
 from efficient_lm.config import load_run_config
-from efficient_lm.training.accounting import plan
+from efficient_lm.training.accounting import abstract_step, placements, plan
 
 SMALL = ["model.width=32", "model.repeats=3", "model.vocab_size=64", "model.tied=true", "ffn=mlp", "ffn.hidden=64",
          "mixer.heads=4", "mixer.kv_heads=2", "train.sequence_length=16", "train.batch_size=4"]  # fmt: skip
@@ -23,6 +25,21 @@ def test_a_small_model_by_hand():
     assert figures["bytes"]["cache_per_sequence"] == 3 * (keys_and_values + bookkeeping)
     assert figures["flops_per_token"]["training"] == 3 * figures["flops_per_token"]["forward"]
     assert figures["bytes"]["activations"] > 0
+
+
+def test_where_parameters_live_is_counted_for_one_device(capsys):
+    config = load_run_config([*SMALL, "parallelism=fsdp_tensor", "train.batch_size=8"])
+    model, layout = config.model.build(), config.parallelism.build(jax.devices()[:1] * 8)
+    found = {each.path: each for each in placements(model, abstract_step(config, model, layout)[1])}
+    query = found["stack.segment_0.layer_0.mixer.inner.query.weight"]
+    assert (query.axes, query.shape) == (("layers", "embed/fsdp", "heads/tensor", "head_dim"), (3, 32, 4, 8))
+    assert (query.parameter, query.optimizer) == (4 * 3 * 32 * 32 // 8, 8 * 3 * 32 * 32 // 8)
+    norm = found["stack.segment_0.layer_0.ffn.input_norm.scale"]
+    assert (norm.axes, norm.parameter, norm.optimizer) == (("layers", "embed"), 4 * 3 * 32, 8 * 3 * 32)
+    _print_placements({"mesh": dict(layout.mesh.shape), "placements": list(found.values())})
+    printed = capsys.readouterr().out
+    assert "on each device of fsdp=4 × tensor=2" in printed
+    assert "layers=3 embed/fsdp=32 heads/tensor=4 head_dim=8" in printed and "1.54 kB" in printed
 
 
 def test_the_verb_prints_a_table(capsys):

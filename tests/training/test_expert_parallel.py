@@ -56,6 +56,7 @@ EIGHT_DEVICES = """
 """
 
 
+@pytest.mark.slow
 def test_divided_experts_compute_the_same(on_devices):
     assert on_devices(8, EIGHT_DEVICES) == "equal"
 

@@ -81,6 +81,7 @@ def test_training_goes_on_and_back_out_with_the_published_config(llama, text, tm
     np.testing.assert_array_equal(elm.from_hf(folder).logits(ids), model.logits(ids))
 
 
+@pytest.mark.slow
 def test_a_stopped_run_resumes_and_does_not_begin_again(llama, text, tmp_path):
     whole = begin(tmp_path / "whole", text, llama, steps=4, rate=1e-2)
     begin(tmp_path / "cut", text, llama, steps=2, rate=1e-2)
@@ -89,6 +90,7 @@ def test_a_stopped_run_resumes_and_does_not_begin_again(llama, text, tmp_path):
     assert equal(cut.params, whole.params)
 
 
+@pytest.mark.slow
 def test_another_vocabulary_keeps_the_rows_of_known_tokens(llama, text, tmp_path, caplog):
     with caplog.at_level("WARNING"):
         model = begin(tmp_path, text, llama, "tokenizer=sotu_bpe")
@@ -114,6 +116,7 @@ def test_a_larger_vocabulary_with_the_same_tokenizer(llama, text, tmp_path, capl
     assert "head.weight: 43 of 300 tokens are new" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_longer_table_of_positions(text, tmp_path, caplog):
     source = published("gpt2", tmp_path / "gpt2")
     with pytest.raises(ConfigError, match="learned_positions holds 128"):
@@ -125,11 +128,13 @@ def test_a_longer_table_of_positions(text, tmp_path, caplog):
     assert "embedding.positions: 72 of 200 rows are newly initialised" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_longer_context_of_rotary_positions_is_announced(llama, text, tmp_path, caplog):
     begin(tmp_path, text, llama, "train.sequence_length=160")
     assert "sequence_length 160 is beyond the 128 tokens" in caplog.text
 
 
+@pytest.mark.slow
 def test_new_layers_and_norms_are_announced(llama, text, tmp_path, caplog):
     model = begin(tmp_path, text, llama, "model.repeats=3", "model.blocks.layer.mixer.qk_norm.kind=rmsnorm")
     lines = [record.message for record in caplog.records if "newly initialised" in record.message]
@@ -138,6 +143,7 @@ def test_new_layers_and_norms_are_announced(llama, text, tmp_path, caplog):
     assert equal(jax.tree.map(lambda leaf: leaf[:2], after), before)
 
 
+@pytest.mark.slow
 def test_layers_may_fall_into_other_segments(llama, text, tmp_path, caplog):
     local = "model.blocks.local={mixer: ${model.blocks.layer.mixer}, ffn: ${model.blocks.layer.ffn}}"
     model = begin(

@@ -1,5 +1,7 @@
 """Tokens of a mixture of experts divided over devices: each routes its own, to the same step."""
 
+import pytest
+
 EIGHT_DEVICES = """
     import jax, jax.numpy as jnp, numpy as np
     from efficient_lm.models.context import Context
@@ -36,5 +38,6 @@ EIGHT_DEVICES = """
 """
 
 
+@pytest.mark.slow
 def test_every_device_routes_its_own_tokens(on_devices):
     assert on_devices(8, EIGHT_DEVICES) == "equal"

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 from efficient_lm.models.context import Context
 from efficient_lm.models.language_model import ModelSpec
@@ -57,6 +58,7 @@ def test_a_step_trains_experts_and_moves_the_correction_by_all_its_counts(drawn)
     assert all(np.isfinite(value) for value in metrics.values())
 
 
+@pytest.mark.slow
 def test_scanned_layers_are_the_unrolled_ones(drawn):
     rows = batch()
     model, unrolled = spec().build(), spec(scan=False, remat="none").build()

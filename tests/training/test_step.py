@@ -182,5 +182,6 @@ MANY_DEVICES = """
 """
 
 
+@pytest.mark.slow
 def test_devices_change_nothing(on_devices):
     assert on_devices(4, MANY_DEVICES.format(folder=str(Path(__file__).parent))) == "equal"

@@ -152,7 +152,7 @@ class Score(nnx.Module):
     """``w · x + b``, in float32; not decayed."""
 
     def __init__(self, axes: dict[str, int], start: Initializer):
-        self.weight = parameter(axes, start)
+        self.weight = parameter(axes, start, sums=tuple(range(len(axes))))
         self.bias = parameter({}, ZEROS)
 
     def __call__(self, x: jax.Array) -> jax.Array:

@@ -52,7 +52,7 @@ class RouterSkip(nnx.Module):
     def __init__(self, spec: RouterSkipSpec, width: int):
         self.spec = spec
         self.norm = RMSNormSpec(scale=False).build(width)
-        self.weight = parameter({"embed": width}, ZEROS)
+        self.weight = parameter({"embed": width}, ZEROS, sums=(0,))
         self.bias = parameter({}, Constant(AT_FIRST))
 
     def __call__(

@@ -7,7 +7,6 @@ device that holds the expert, runs the experts it holds on what arrives, and sen
 device: shapes are static, and no capacity drops anything.
 """
 
-import math
 from collections.abc import Callable
 from functools import partial
 from typing import Literal
@@ -18,11 +17,13 @@ from jax.sharding import PartitionSpec as P
 
 from efficient_lm.models.ffns.experts.dispatch import dropless
 from efficient_lm.models.parameters import Parameters
+from kernels_pallas import partition
+from kernels_pallas.partition import MESH_AXES, manual
 
 AXIS = "expert"
 """The mesh axis that divides the experts."""
 
-BATCH_AXES = ("data", "fsdp", AXIS)
+BATCH_AXES = MESH_AXES["batch"]
 """Mesh axes that divide the batch."""
 
 Exchange = Literal["auto", "dense", "ragged"]
@@ -33,11 +34,9 @@ Compute = Callable[[Parameters, jax.Array, jax.Array], jax.Array]
 """``compute(params, rows [rows, width], sizes [experts])``: rows sorted by expert through their experts."""
 
 
-def divided(batch: int) -> bool:
-    """Whether the ambient mesh divides a batch of so many rows; each device then routes the tokens it holds."""
-    sizes = jax.sharding.get_abstract_mesh().shape
-    parts = math.prod(sizes.get(axis, 1) for axis in BATCH_AXES)
-    return parts > 1 and batch % parts == 0
+def divided(batch: int, time: int) -> bool:
+    """Whether the ambient mesh divides these tokens; each device then routes those that it holds."""
+    return any(_tokens(batch, time)) and (AXIS not in jax.sharding.get_abstract_mesh().shape or bool(_tokens(batch)[0]))
 
 
 def by_rows(function: Callable[[jax.Array], jax.Array], values: jax.Array) -> jax.Array:
@@ -45,14 +44,22 @@ def by_rows(function: Callable[[jax.Array], jax.Array], values: jax.Array) -> ja
 
     The compiler would have every device sort the rows of all.
     """
-    if not divided(len(values)):
-        return function(values)
-    return jax.shard_map(function, in_specs=_rows(), out_specs=_rows(), check_vma=False)(values)
+    return _by(function, values, P(*_tokens(len(values))))
 
 
-def _rows() -> P:
-    mesh = jax.sharding.get_abstract_mesh()
-    return P(tuple(axis for axis in BATCH_AXES if axis in mesh.shape))
+def by_tokens(function: Callable[[jax.Array], jax.Array], values: jax.Array) -> jax.Array:
+    """The same of a function that treats each token of ``[batch, time, ...]`` by itself."""
+    return _by(function, values, P(*_tokens(*values.shape[:2])))
+
+
+def _by(function: Callable[[jax.Array], jax.Array], values: jax.Array, places: P) -> jax.Array:
+    return manual(function, places, places)(values) if any(places) else function(values)
+
+
+def _tokens(batch: int, time: int | None = None) -> list[tuple[str, ...] | None]:
+    """The mesh axes that divide rows, and those that divide the tokens of a row."""
+    sizes = {"batch": batch} if time is None else {"batch": batch, "time": time}
+    return [partition.divided(kind, [size]) or None for kind, size in sizes.items()]
 
 
 def routed(
@@ -70,13 +77,13 @@ def routed(
     Returns:
         ``[batch, time, k, width]``, zeros where there is no route.
     """
-    rows, ways = _rows(), jax.sharding.get_abstract_mesh().shape.get(AXIS, 1)
+    rows, ways = P(*_tokens(*x.shape[:2])), jax.sharding.get_abstract_mesh().shape.get(AXIS, 1)
     if exchange == "auto":
         exchange = "dense" if jax.default_backend() == "cpu" else "ragged"
     local = partial(_exchanged, compute, count=count, ways=ways, exchange=exchange)
     local = partial(_alone, compute, count=count) if ways == 1 else local
     # The loops inside experts begin with zeros that are the same everywhere, which the check would refuse.
-    over = jax.shard_map(local, in_specs=(P(AXIS if ways > 1 else None), rows, rows), out_specs=rows, check_vma=False)
+    over = manual(local, (P(AXIS if ways > 1 else None), rows, rows), rows)
     return over(params, x, routes)
 
 

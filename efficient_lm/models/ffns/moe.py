@@ -241,8 +241,11 @@ class MoE(nnx.Module):
     def _through(self, x: jax.Array, routes: jax.Array, plan: dispatch.Plan | None) -> jax.Array:
         """Every token through each of its experts, by the plan or else dropless → ``[batch, time, k, width]``."""
         experts = self.spec.experts
-        if expert_parallel.divided(len(x)):
+        if expert_parallel.divided(*x.shape[:2]):
             graph, params = nnx.split(self.experts)
+            if not self.spec.expert.ternary:
+                # Rounded before they are gathered, as they are after.
+                params = jax.tree.map(lambda leaf: leaf.astype(x.dtype), params)
 
             def compute(params: Any, rows: jax.Array, sizes: jax.Array) -> jax.Array:
                 return nnx.merge(graph, params).transformed(rows, Groups(sizes))

@@ -9,6 +9,7 @@ import numpy as np
 from flax import nnx
 
 from efficient_lm.models.layers.activations import relu
+from efficient_lm.models.layers.linear import by_head
 from efficient_lm.models.parameters import ZEROS, Initialization, Pattern, parameter
 from efficient_lm.spec import Choice
 
@@ -127,8 +128,7 @@ class Hedgehog(FeatureMap):
         self.bias = parameter({"heads": heads, "feature": size}, ZEROS)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        weight = self.weight[...].astype(x.dtype)
-        turned = jnp.einsum("bthd,hde->bthe", x, weight, preferred_element_type=jnp.float32) + self.bias[...]
+        turned = by_head(x, self.weight[...]) + self.bias[...]
         both = jnp.concatenate([turned, -turned], axis=-1)
         if self.softmax:
             return jax.nn.softmax(both, axis=-1)

@@ -49,12 +49,13 @@ class TernaryLinear(Linear):
         size = jnp.maximum(jnp.mean(jnp.abs(weight), axis=self.matrix_axes, keepdims=True), LEAST)
         rows = self.norm(x.astype(jnp.float32), groups).reshape(many, -1)
         step = jnp.maximum(jnp.max(jnp.abs(rows), axis=-1, keepdims=True), LEAST) / LEVELS
-        y = self.product(rounded(rows, step, LEVELS).astype(x.dtype), rounded(weight, size, 1), groups)
+        whole = rounded(rows, step, LEVELS).astype(x.dtype).reshape(many, *self.input_shape)
+        y = self.product(whole, rounded(weight, size, 1), groups)
         # The sizes of matrices side by side, each as wide as the outputs.
         size = jnp.squeeze(size, self.matrix_axes[: len(self.input_shape)])
         size = jnp.broadcast_to(size, (*size.shape[: size.ndim - len(self.output_shape)], *self.output_shape))
         scale = jax.lax.stop_gradient(spread(size, groups, many))
-        y = y.astype(jnp.float32).reshape(many, *self.output_shape) * scale
+        y = y.astype(jnp.float32) * scale
         y = (y.reshape(many, -1) * jax.lax.stop_gradient(step)).reshape(many, *self.output_shape)
         y = y if self.bias is None else y + spread(self.bias[...], groups, many)
         return y.astype(x.dtype).reshape(*lead, *self.output_shape)

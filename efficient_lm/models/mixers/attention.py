@@ -112,6 +112,10 @@ class AttentionSpec(MixerSpec):
         sizes = {"heads": heads, "kv_heads": self.kv_heads or heads, "head_size": self.size_per_head(width)}
         return self.model_copy(update=sizes)
 
+    def held_to(self, base: "AttentionSpec", width: int, base_width: int) -> "AttentionSpec":
+        size, its = self.size_per_head(width), base.size_per_head(base_width)
+        return self if size == its else self.model_copy(update={"scale": (base.scale or its**-0.5) * (its / size)})
+
     def counted(self) -> dict[str, tuple[str, ...]]:
         # What is added to the logits depends on how many heads there are.
         turned = isinstance(self.position, RotarySpec | NoPositionSpec)

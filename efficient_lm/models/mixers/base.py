@@ -7,7 +7,7 @@ keeps softmax statistics, recurrences and norms in float32. Its spec counts what
 """
 
 from collections.abc import Hashable, Iterator
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Self
 
 import jax
 from flax import nnx
@@ -72,6 +72,17 @@ class MixerSpec(Elastic, Choice, role="mixer"):
 
     def resolved(self, width: int) -> "MixerSpec":
         """The same with every size that follows from the width filled in."""
+        return self
+
+    def held_to(self, base: Self, width: int, base_width: int) -> Self:
+        """The same with constant factors by which its values stay as large as those of `base`, itself at `base_width`.
+
+        A product of queries and keys of d values grows as d once they have learned of each other, and not as its root
+        (Yang et al. 2022, definition 4.1): where they have more values than at the base, its factor falls by as much.
+
+        Raises:
+            ConfigError: it has no such factor; the message begins with the key that would help.
+        """
         return self
 
     def build(self, width: int, init: Initialization) -> nnx.Module:

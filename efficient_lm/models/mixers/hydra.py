@@ -89,7 +89,7 @@ class Hydra(nnx.Module):
         self.delta_bias = parameter(both, TIME_STEP)
         self.decay = parameter(both, Uniform(1.0, 16.0, jnp.log))
         self.diagonal = parameter({"heads": heads}, ONES)
-        self.diagonal_map = parameter({**inner, "outputs": heads}, ZEROS)
+        self.diagonal_map = parameter({**inner, "outputs": heads}, ZEROS, sums=tuple(range(len(inner))))
         self.norm = GatedNorm(inner, over=2, order="gate_first", epsilon=spec.epsilon)
         self.output = Linear(inner, embed, init=init, residual=True)
 

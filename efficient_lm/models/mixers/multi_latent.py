@@ -100,6 +100,10 @@ class MultiLatentSpec(MixerSpec):
         factor = max(scaling.factor, 1.0) if scaling else 1.0
         return scale * (0.1 * self.mscale * math.log(factor) + 1.0) ** 2
 
+    def held_to(self, base: "MultiLatentSpec", width: int, base_width: int) -> "MultiLatentSpec":
+        size, its = (spec.head_size + spec.rotary_size for spec in (self.resolved(width), base.resolved(base_width)))
+        return self if size == its else self.model_copy(update={"scale": (base.scale or its**-0.5) * (its / size)})
+
     def counted(self) -> dict[str, tuple[str, ...]]:
         return {"heads": ("heads",), "rank": ("latent_size",)}
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+from efficient_lm.errors import ConfigError
 from efficient_lm.models.context import Context
 from efficient_lm.models.layers.linear import Linear
 from efficient_lm.models.layers.positions import NoPositionSpec, PositionSpec, RotarySpec
@@ -77,6 +78,12 @@ class NativeSparseSpec(MixerSpec):
 
     def counted(self) -> dict[str, tuple[str, ...]]:
         return {"heads": ("kv_heads", "heads")}
+
+    def held_to(self, base: "NativeSparseSpec", width: int, base_width: int) -> "NativeSparseSpec":
+        size, its = self.resolved(width).head_size, base.resolved(base_width).head_size
+        if size != its:
+            raise ConfigError(f"head_size: {size} values at width {width} and {its} at {base_width}; give it one size")
+        return self
 
     def build(self, width: int, init: Initialization) -> nnx.Module:
         return NativeSparse(self, width, init)

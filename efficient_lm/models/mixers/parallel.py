@@ -82,6 +82,13 @@ class ParallelSpec(MixerSpec):
             changes[name] = branch.model_copy(update={"mixer": branch.mixer.cut(theirs)})
         return self.model_copy(update=changes)
 
+    def held_to(self, base: "ParallelSpec", width: int, base_width: int) -> "ParallelSpec":
+        changes = {}
+        for name, branch in self.branches.items():
+            held = branch.mixer.held_to(base.branches[name].mixer, width, base_width)
+            changes[name] = branch.model_copy(update={"mixer": held})
+        return self.model_copy(update=changes)
+
     def build(self, width: int, init: Initialization) -> nnx.Module:
         return Parallel(self, width, init)
 

@@ -9,7 +9,7 @@ from flax import nnx
 
 from efficient_lm.models.context import Context
 from efficient_lm.models.layers.activations import ACTIVATIONS, Activation
-from efficient_lm.models.layers.linear import Linear
+from efficient_lm.models.layers.linear import Linear, by_head
 from efficient_lm.models.layers.short_convolution import ShortConvolution
 from efficient_lm.models.mixers.base import Cache, MixerSpec, dividing
 from efficient_lm.models.mixers.recurrent import Implementation, documents, empty, entering, leaving
@@ -109,8 +109,7 @@ class BlockDiagonal(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """`x [batch, time, heads, size]` → float32 of the same shape."""
-        weight = self.weight[...].astype(x.dtype)
-        return jnp.einsum("bthd,hde->bthe", x, weight, preferred_element_type=jnp.float32) + self.bias[...]
+        return by_head(x, self.weight[...]) + self.bias[...]
 
 
 class RGLRU(nnx.Module):

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from efficient_lm.models.context import Context
-from efficient_lm.models.ffns.expert_parallel import by_rows
-from efficient_lm.models.layers.linear import matmul
+from efficient_lm.models.ffns.expert_parallel import by_tokens
+from efficient_lm.models.layers.linear import product
 from efficient_lm.models.parameters import ZEROS, Initialization, parameter
 from efficient_lm.spec import Count, Positive, Spec
 
@@ -79,8 +79,7 @@ class Router(nnx.Module):
         if self.weight is None:
             return context.pregated.astype(jnp.float32)
         with jax.default_matmul_precision("float32"):
-            logits = matmul(x.astype(jnp.float32).reshape(-1, x.shape[-1]), self.weight[...])
-        logits = logits.reshape(*x.shape[:-1], -1)
+            logits = product(x.astype(jnp.float32), self.weight[...], ("embed", "experts"), 1)
         return logits if self.bias is None else logits + self.bias[...]
 
     def scores(self, logits: jax.Array) -> jax.Array:
@@ -92,7 +91,7 @@ class Router(nnx.Module):
         ranking = jax.lax.stop_gradient(scores)
         if self.correction is not None:
             ranking = ranking + jax.lax.stop_gradient(self.correction[...])
-        routes = by_rows(partial(self._best, top_k), ranking)
+        routes = by_tokens(partial(self._best, top_k), ranking)
         return routes, self.weighed(jnp.take_along_axis(scores, routes, axis=-1))
 
     def weighed(self, taken: jax.Array) -> jax.Array:
