@@ -1,15 +1,20 @@
 """Checkpoints of a run: whole or absent, newest good one first.
 
-``checkpoints/<step>/`` is an Orbax checkpoint with the items `parameters` and `optimizer` and a JSON record of where
-the run stands. Orbax writes beside the final name and renames when all is on disk, so a folder with a step's name is
-whole unless something damaged it afterwards; one that cannot be read is named and passed over.
+``checkpoints/<step>/`` is an Orbax checkpoint with the items `parameters`, `optimizer` and, if one is kept, `average`
+(of the parameters), a JSON record of where the run stands, and a manifest with the size and SHA-256 of every file. All
+of it is written under ``unfinished/`` in the background and renamed when it is on disk, so a folder with a step's name
+is whole unless something damaged it afterwards; a damaged one is named and passed over. Checkpoints that were written
+before there were manifests are taken as they can be read.
 """
 
+import contextlib
 import logging
 import math
 import shutil
-from collections.abc import Sequence
-from itertools import accumulate
+import time
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import accumulate, count
 from operator import mul
 from pathlib import Path
 from typing import Any
@@ -18,50 +23,77 @@ import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from efficient_lm.errors import CheckpointError, ResourceError, is_disk_full
+from efficient_lm.errors import CheckpointError, ResourceError, causes, storage_fault
 from efficient_lm.models.parameters import Declaration, Parameters, is_declaration
+from efficient_lm.training import manifests
+from efficient_lm.training.chunks import oversized
+from efficient_lm.training.fit import check_state
+from efficient_lm.training.processes import exchange, from_main, is_main
+from efficient_lm.training.retention import Retention
 
 log = logging.getLogger(__name__)
 
 HEADROOM = 1.2
 """Free disk space asked for before a save, as a multiple of the bytes to be written."""
 
+AVERAGE = "average"
+"""The item with the moving average of the parameters, and its name in a training state."""
+
+UNFINISHED = "unfinished"
+"""Folder of what is being written, or being deleted."""
+
 
 class Checkpoints:
-    """The checkpoints in a folder, written asynchronously; the newest `keep` are kept.
+    """The checkpoints in a folder.
+
+    Args:
+        retention: which ones are kept after a save; None keeps all, and leaves what an ended process did not finish.
 
     Raises:
         CheckpointError: nothing in the folder can be read, or it is of another architecture.
-        ResourceError: the disk is full; what was saved before stays.
+        ResourceError: the disk is full or refuses otherwise; what was saved before stays.
     """
 
-    def __init__(self, folder: Path, keep: int | None = None):
-        self.folder = folder
-        policies = ocp.training.preservation_policies
-        preserve = policies.PreserveAll() if keep is None else policies.LatestN(keep)
-        self._checkpointer = ocp.training.Checkpointer(
-            folder.absolute(), preservation_policy=preserve, cleanup_tmp_directories=keep is not None
-        )
-        self._pending: Any = None
+    def __init__(self, folder: Path, retention: Retention | None = None):
+        self.folder, self._retention = folder.absolute(), retention
+        self._unfinished = self.folder / UNFINISHED
+        self._pending: Future | None = None
+        self._thread = ThreadPoolExecutor(1, "checkpoints")
+        self._verified: dict[int, tuple] = {}
+        self._context = ocp.Context()
+        # Floats shrink by a twelfth, and the processors that compress them are those that step.
+        self._context.array.saving.use_compression = False
+        if retention is not None and is_main():
+            for left in [self._unfinished, *self.folder.glob("*.orbax-checkpoint-tmp*")]:
+                shutil.rmtree(left, ignore_errors=True)
 
     @property
     def steps(self) -> list[int]:
         """Steps that have a checkpoint, in order."""
-        return [checkpoint.step for checkpoint in self._checkpointer.checkpoints]
+        inside = self.folder.iterdir() if self.folder.is_dir() else ()
+        return sorted(int(found.name) for found in inside if found.name.isdigit() and found.is_dir())
 
     def save(self, step: int, items: dict[str, Any], record: dict[str, Any]) -> None:
-        """Begin writing ``{"parameters", "optimizer"}`` and a JSON `record`; returns when the arrays may be reused."""
+        """Begin writing `items` (see `as_items`) and a JSON `record`; returns when the arrays may be reused."""
         self.wait()
-        if step in self.steps:
+        if from_main(lambda: step in self.steps):
             return  # A run that is asked to go on when it is complete saves nothing twice.
-        self._check_space(items)
-        record = {**record, "shapes": _shapes(items["parameters"])}
+        record = {**record, "shapes": _shapes(items["parameters"]), "checksums": manifests.ALGORITHM}
         try:
-            self._pending = self._checkpointer.save_checkpointables_async(
-                step, items, force=True, custom_metadata=record
-            )
+            self._check_space(items)
+            self._unfinished.mkdir(parents=True, exist_ok=True)
+            with self._context:
+                writing = ocp.save_checkpointables_async(
+                    self._unfinished / str(step), items, overwrite=True, custom_metadata=record
+                )
         except Exception as error:
             self._fail(error)
+        self._pending = self._thread.submit(self._complete, writing, step)
+
+    def check(self) -> None:
+        """Raise what went wrong with a save that has ended; waits for none."""
+        if self._pending is not None and self._pending.done():
+            self.wait()
 
     def wait(self) -> None:
         """Return when the last save is on disk. Raises what went wrong with it."""
@@ -74,47 +106,137 @@ class Checkpoints:
             self._fail(error)
 
     def restore(self, abstract: dict[str, Any], steps: list[int] | None = None) -> tuple[dict[str, Any], dict] | None:
-        """The items and record of the newest checkpoint that can be read; None if there is no checkpoint.
+        """The items and record of the newest good checkpoint; None if there is no checkpoint.
 
         Arrays that were saved with some axes in one, or one in several, are given the shapes that are expected.
 
         Args:
-            abstract: per item, shapes, dtypes and shardings of what is expected.
+            abstract: per item, shapes, dtypes and shardings of what is expected. Where a checkpoint has no `average`,
+                none is returned.
             steps: checkpoints to choose from; all by default.
         """
-        steps = self.steps if steps is None else steps
+        steps = from_main(lambda: self.steps) if steps is None else steps
         for step in reversed(steps):
-            try:
-                record = dict(self._checkpointer.checkpointables_metadata(step).custom_metadata)
-                _check_shapes(record["shapes"], abstract["parameters"], self.folder / str(step))
-                items = self._checkpointer.load_checkpointables(step, _as_saved(abstract, record["shapes"]))
-                return {name: jax.tree.map(_as_expected, items[name], abstract[name]) for name in abstract}, record
-            except CheckpointError:
-                raise
-            except Exception as error:
-                log.warning(
-                    "checkpoint %s is damaged (%s); trying the one before", self.folder / str(step), _brief(error)
-                )
+            where = self.folder / str(step)
+            wrong = from_main(lambda step=step: self._damage(step, None if self._retention else list(abstract)))
+            if wrong is None:
+                try:
+                    metadata = ocp.checkpointables_metadata(where)
+                    record = dict(metadata.custom_metadata)
+                    parameters = next(abstract[name] for name in ("parameters", AVERAGE) if name in abstract)
+                    _check_shapes(record["shapes"], parameters, where)
+                    expected = {name: abstract[name] for name in abstract if _is_there(name, metadata.metadata)}
+                    _check_chunks(where, expected)
+                    saved = _as_saved(expected, parameters, record["shapes"])
+                    check_state(where, metadata.metadata, saved)
+                    with _reading(metadata.metadata):
+                        items = ocp.load_checkpointables(where, saved) if saved else {}
+                    return {name: jax.tree.map(_as_expected, items[name], expected[name]) for name in expected}, record
+                except Exception as error:
+                    wrong = _brief(error)
+                    if isinstance(error, CheckpointError) or _is_no_damage(error):
+                        raise
+                    if (where / manifests.NAME).exists():
+                        raise CheckpointError(f"{where}: cannot be restored, though it is whole: {wrong}") from error
+            log.warning("checkpoint %s is damaged (%s); trying the one before", where, wrong)
         if steps:
             raise CheckpointError(
                 f"{self.folder}: none of the checkpoints {steps} can be read; move the folder to start anew"
             )
         return None
 
-    def set_aside_after(self, step: int) -> None:
-        """Rename checkpoints later than `step`, which could not be read, so that their steps can be saved again."""
-        for later in [found for found in self.steps if found > step]:
-            aside = self.folder.parent / f"damaged_checkpoint_{later}"
-            shutil.rmtree(aside, ignore_errors=True)
-            (self.folder / str(later)).rename(aside)
-        self._checkpointer.reload()
+    def damage(self, step: int) -> str | None:
+        """What is wrong with a checkpoint, all of whose files are read; None if nothing is."""
+        return self._damage(step)
+
+    def set_aside_after(self, step: int, name: str = "damaged") -> None:
+        """Move checkpoints later than `step` beside the folder, so that their steps can be saved again."""
+        for later in [found for found in self.steps if found > step and is_main()]:
+            self._set_aside(later, name)
+        exchange()
 
     def close(self) -> None:
-        """Wait for the last save and stop Orbax's threads."""
+        """Wait for the last save and stop the thread."""
         try:
             self.wait()
         finally:
-            self._checkpointer.close()
+            self._thread.shutdown()
+            if self._retention is not None and is_main():
+                shutil.rmtree(self._unfinished, ignore_errors=True)
+
+    def _complete(self, writing: ocp.AsyncResponse, step: int) -> None:
+        """What follows when Orbax has written: the manifest, the name, and what is kept. In a thread."""
+        writing.result()
+        if is_main():
+            self._publish(step)
+        exchange(name="saved")
+
+    def _publish(self, step: int) -> None:
+        written, place = self._unfinished / str(step), self.folder / str(step)
+        manifests.write_manifest(written)
+        self._verified[step] = manifests.signature(written)
+        written.rename(place)
+        manifests.settle_folder(self.folder)
+        if self._retention is not None:
+            try:
+                self._retain(self._retention)
+            except (OSError, CheckpointError) as error:
+                log.warning("%s: older checkpoints could not be deleted: %s", self.folder, _brief(error))
+        with contextlib.suppress(OSError):
+            self._unfinished.rmdir()
+
+    def _retain(self, retention: Retention) -> None:
+        """Delete what no rule keeps, but never the last good one: one of those kept was read since it last changed."""
+        whole = [step for step in self.steps if self._passes(step, contents=False)]
+        losses = (
+            {step: read_record(self.folder / str(step)).get("val_loss") for step in whole} if retention.best else {}
+        )
+        kept = retention.kept(whole, {step: loss for step, loss in losses.items() if loss is not None})
+        rest = [step for step in whole if step not in kept]
+        if not any(self._passes(step) for step in sorted(kept, reverse=True)):
+            good = next((step for step in reversed(rest) if self._passes(step)), None)
+            rest = [step for step in rest if good is not None and step < good]
+        for step in rest:
+            # A folder that is half deleted does not keep a step's name.
+            (self.folder / str(step)).rename(self._unfinished / f"{step}.deleted")
+            shutil.rmtree(self._unfinished / f"{step}.deleted")
+
+    def _passes(self, step: int, contents: bool = True) -> bool:
+        """Whether a checkpoint is good; one that is damaged is named and set aside."""
+        wrong = self._damage(step, contents=contents)
+        if wrong is not None:
+            aside = self._set_aside(step, "damaged")
+            log.warning("checkpoint %s is damaged (%s); set aside as %s", self.folder / str(step), wrong, aside)
+        return wrong is None
+
+    def _damage(self, step: int, items: Iterable[str] | None = None, contents: bool = True) -> str | None:
+        """What is wrong with a checkpoint. Files that are as they were when last read are not read again."""
+        where = self.folder / str(step)
+        try:
+            if not (where / manifests.NAME).exists():
+                missing = "checksums" in read_record(where)
+                return f"{manifests.NAME} is missing" if missing else None
+            now = manifests.signature(where)
+            if self._verified.get(step) == now:
+                return None
+            began = time.monotonic()
+            wrong = manifests.damage(where, items, contents)
+            if wrong is None and contents and items is None:
+                self._verified[step] = now
+            log.debug("%s: verified in %.2f s", where, time.monotonic() - began)
+            return wrong
+        except PermissionError as error:
+            raise CheckpointError(f"{error.filename or where}: permission denied") from error
+        except Exception as error:
+            return _brief(error)
+
+    def _set_aside(self, step: int, name: str) -> Path:
+        """Give a checkpoint a name that no other has, beside the folder."""
+        names = (f"{name}_checkpoint_{step}{f'_{number}' if number else ''}" for number in count())
+        aside = next(path for path in map(self.folder.parent.joinpath, names) if not path.exists())
+        (self.folder / str(step)).rename(aside)
+        self._verified.pop(step, None)
+        return aside
 
     def _check_space(self, items: Any) -> None:
         needed = HEADROOM * sum(leaf.nbytes for leaf in jax.tree.leaves(items))
@@ -123,23 +245,29 @@ class Checkpoints:
         if free < needed:
             raise ResourceError(
                 f"{self.folder}: a checkpoint needs {needed / 1e6:.0f} MB, and {free / 1e6:.0f} MB are free; "
-                f"{self._newest()}"
+                f"{self.newest()}"
             )
 
     def _fail(self, error: Exception) -> None:
-        if is_disk_full(error):
-            raise ResourceError(f"{self.folder}: the disk is full; {self._newest()}") from error
-        raise CheckpointError(f"{self.folder}: saving failed: {_brief(error)}; {self._newest()}") from error
+        shutil.rmtree(self._unfinished, ignore_errors=True)
+        if isinstance(error, ResourceError):
+            raise error
+        fault = storage_fault(error)
+        if fault is not None:
+            raise ResourceError(f"{self.folder}: saving failed: {fault}; {self.newest()}") from error
+        raise CheckpointError(f"{self.folder}: saving failed: {_brief(error)}; {self.newest()}") from error
 
-    def _newest(self) -> str:
-        return f"the newest good checkpoint is {self.steps[-1]}" if self.steps else "no checkpoint was saved yet"
+    def newest(self) -> str:
+        """For people: which one a run would go on from."""
+        steps = self.steps
+        return f"the newest good checkpoint is {steps[-1]}" if steps else "no checkpoint was saved yet"
 
 
-def load_parameters(folder: Path, declarations: Parameters, step: int | None = None) -> tuple[Parameters, dict]:
-    """Parameters alone (float32, on the default device) and the record of a checkpoint, the newest good one by default.
+def restore_from(folder: Path, abstract: dict[str, Any], step: int | None = None) -> tuple[dict[str, Any], dict]:
+    """Items and record of a checkpoint in a folder that is only read, the newest good one by default.
 
     Raises:
-        CheckpointError: there is no such checkpoint, none can be read, or it is of another architecture.
+        CheckpointError: there is no such checkpoint, none can be read, or it is not what is expected.
     """
     checkpoints = Checkpoints(folder) if folder.is_dir() else None
     steps = checkpoints.steps if checkpoints else []
@@ -147,15 +275,79 @@ def load_parameters(folder: Path, declarations: Parameters, step: int | None = N
         raise CheckpointError(f"{folder}: no checkpoint here")
     if step is not None and step not in steps:
         raise CheckpointError(f"{folder}: no checkpoint of step {step}; there are {', '.join(map(str, steps))}")
+    try:
+        return checkpoints.restore(abstract, None if step is None else [step])
+    finally:
+        checkpoints.close()
+
+
+def as_items(state: dict[str, Any]) -> dict[str, Any]:
+    """A training state as the items of a checkpoint."""
+    apart = {name: state[name] for name in ("parameters", AVERAGE) if name in state}
+    return {**apart, "optimizer": {name: value for name, value in state.items() if name not in apart}}
+
+
+def as_state(items: dict[str, Any]) -> dict[str, Any]:
+    """The training state that `as_items` took apart."""
+    return {**{name: value for name, value in items.items() if name != "optimizer"}, **items["optimizer"]}
+
+
+def load_parameters(
+    folder: Path, declarations: Parameters, step: int | None = None, averaged: bool = False
+) -> tuple[Parameters, dict]:
+    """Parameters alone (float32, on the default device) and the record of a checkpoint, the newest good one by default.
+
+    Args:
+        averaged: take their moving average instead.
+
+    Raises:
+        CheckpointError: as `restore_from`.
+    """
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
     def abstract(declaration: Declaration) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(declaration.shape, np.float32, sharding=here)
 
     expected = jax.tree.map(abstract, declarations, is_leaf=is_declaration)
-    items, record = checkpoints.restore({"parameters": expected}, None if step is None else [step])
-    checkpoints.close()
-    return items["parameters"], record
+    name = AVERAGE if averaged else "parameters"
+    items, record = restore_from(folder, {name: expected}, step)
+    if name not in items:
+        raise CheckpointError(
+            f"averaged: {folder / str(record['step'])} holds no average of the parameters; leave it out, or train with "
+            "train.average.decay=0.999"
+        )
+    return items[name], record
+
+
+def _is_there(name: str, saved: Any) -> bool:
+    """Whether an item is to be read: the average only where there is one, anything else always."""
+    return name != AVERAGE or name in saved
+
+
+def read_record(where: Path) -> dict[str, Any]:
+    """What was noted beside the arrays of a checkpoint: its step and tokens, where it comes from, shapes."""
+    return dict(ocp.checkpointables_metadata(where).custom_metadata)
+
+
+def _reading(items: dict[str, Any]) -> ocp.Context:
+    """A context in which few arrays of a checkpoint are on their way at once: each is held twice until it is placed.
+
+    Args:
+        items: per item, the shapes and dtypes that were saved.
+    """
+    sizes = [math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(items)]
+    context = ocp.Context()
+    # More than the largest array, which is read whole where it is divided anew.
+    context.memory.read_concurrent_bytes = max(2 * max(sizes), sum(sizes) // 16)
+    return context
+
+
+def _is_no_damage(error: BaseException) -> bool:
+    """Whether a fault in reading says nothing about what was written: no memory left, or not allowed."""
+    return any(
+        isinstance(cause, MemoryError | PermissionError) or "RESOURCE_EXHAUSTED" in str(cause)
+        for cause in causes(error)
+    )
 
 
 def _shapes(parameters: Parameters) -> dict[str, list]:
@@ -175,15 +367,23 @@ def _check_shapes(saved: dict[str, list], expected: Parameters, where: Path) -> 
             )
 
 
+def _check_chunks(where: Path, items: Iterable[str]) -> None:
+    """Raises `CheckpointError` for arrays that would take more memory than they have values."""
+    for item in items:
+        found = oversized(where / item)
+        if found is not None:
+            raise CheckpointError(f"{where / item}: refused: {found}")
+
+
 def _regrouped(shape: Sequence[int], other: Sequence[int]) -> bool:
     """Whether one of the shapes has each axis of the other, or several in its place: values are in the same order."""
     ends, others = (set(accumulate(sizes, mul)) for sizes in (shape, other))
     return math.prod(shape) == math.prod(other) and (ends <= others or others <= ends)
 
 
-def _as_saved(abstract: dict[str, Any], saved: dict[str, list]) -> dict[str, Any]:
+def _as_saved(abstract: dict[str, Any], parameters: Parameters, saved: dict[str, list]) -> dict[str, Any]:
     """`abstract` with the shapes that parameters, and what an optimizer keeps for each of them, were saved with."""
-    shapes = _shapes(abstract["parameters"])
+    shapes = _shapes(parameters)
     changed = {name: (saved[name][0], shape) for name, (shape, _) in shapes.items() if saved[name][0] != shape}
 
     def before(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:

@@ -9,6 +9,7 @@ import pytest
 from efficient_lm.errors import CheckpointError
 from efficient_lm.models.language_model import ModelSpec
 from efficient_lm.training.checkpoints import Checkpoints, load_parameters
+from efficient_lm.training.retention import Retention
 from efficient_lm.validation import validate
 
 SCALE = ("stack", "segment_0", "layer_0", "mixer", "inner", "norm", "scale")
@@ -31,7 +32,7 @@ def state_of(params):
 
 
 def saved(folder, state):
-    checkpoints = Checkpoints(folder, keep=1)
+    checkpoints = Checkpoints(folder, Retention(1))
     checkpoints.save(3, state, {"step": 3})
     checkpoints.close()
 
