@@ -32,8 +32,8 @@ def trainable(
         return None
     table = parameter_table(declarations)
     names = [name for name, _ in table]
-    kept = {name for name in names if not only} | _matching("train.only", only, names)
-    kept -= _matching("train.freeze", freeze, names)
+    kept = {name for name in names if not only} | matching("train.only", only, names)
+    kept -= matching("train.freeze", freeze, names)
     counts = {d.shape[d.axes.index("experts")] for _, d in table if "experts" in d.axes}
     for number in frozen_experts:
         if number >= min(counts, default=0):
@@ -52,7 +52,12 @@ def _without_experts(kept: set[str], table: list[tuple[str, Declaration]]) -> bo
     return any("experts" not in declared.axes for name, declared in table if name in kept)
 
 
-def _matching(key: str, patterns: Sequence[str], names: Sequence[str]) -> set[str]:
+def matching(key: str, patterns: Sequence[str], names: Sequence[str]) -> set[str]:
+    """The dotted paths in which one of the regular expressions is found.
+
+    Raises:
+        ConfigError: an expression of this key that is none, or that nothing matches.
+    """
     found: set[str] = set()
     for pattern in patterns:
         try:

@@ -1,14 +1,19 @@
 """What a run tells people: metrics.jsonl, a progress bar or plain lines, and a plot of the loss."""
 
+import contextlib
 import json
+import logging
 import math
 import os
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from efficient_lm.errors import CheckpointError
+from efficient_lm.errors import CheckpointError, ResourceError, storage_fault
+
+log = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
 SMOOTHING = 0.8
@@ -58,25 +63,62 @@ class MetricsFile:
     def __init__(self, run_dir: str | Path, name: str = METRICS_FILE):
         self.path = Path(run_dir) / name
         self._file: Any = None
+        self._end = 0
+        self._waiting = b""
+        self._refused = False
 
-    def resume(self, step: int) -> None:
-        """Drop rows beyond `step`, which will come again, and a last line that was torn."""
-        if self.path.exists():
-            rows = [row for row in read_metrics(self.path.parent, self.path.name) if row.get("step", 0) <= step]
-            write_atomically(self.path, "".join(map(_line, rows)))
+    def resume(self, step: int, belongs: Callable[[dict[str, Any]], bool] = lambda row: True) -> list[dict]:
+        """Drop rows beyond `step` and those that do not belong, and a torn last line; gives back the rows."""
+        return self._keep(lambda row: row.get("step", 0) <= step and belongs(row))
+
+    def cut_after(self, step: int) -> list[dict[str, Any]]:
+        """Drop rows beyond `step`, and give them back."""
+        self.settle()
+        self.close()
+        return self._keep(lambda row: row.get("step", 0) <= step)
 
     def append(self, row: dict[str, Any]) -> None:
-        """Write one row."""
-        if self._file is None:
-            self._file = open(self.path, "a", encoding="utf-8")
-        self._file.write(_line(row))
-        self._file.flush()
+        """Write one row. Where the disk refuses, it is kept and written with the next; `settle` insists."""
+        self._waiting += _line(row).encode()
+        try:
+            self.settle()
+        except ResourceError as error:
+            if not self._refused:
+                log.warning("%s; training goes on, and rows wait in memory", error)
+            self._refused = True
+
+    def settle(self) -> None:
+        """Write what waits. Raises `ResourceError`."""
+        try:
+            if self._file is None and self._waiting:
+                self._file = open(self.path, "ab", buffering=0)
+                self._end = self._file.seek(0, os.SEEK_END)
+            if self._waiting:
+                # What an attempt left half written is written over.
+                self._file.truncate(self._end)
+                written = 0
+                while written < len(self._waiting):
+                    written += self._file.write(self._waiting[written:])
+                self._end, self._waiting, self._refused = self._end + written, b"", False
+        except OSError as error:
+            raise ResourceError(f"{self.path}: cannot be written: {storage_fault(error) or error.strerror}") from error
 
     def close(self) -> None:
         """Close the file."""
+        with contextlib.suppress(ResourceError):
+            self.settle()
         if self._file is not None:
             self._file.close()
             self._file = None
+
+    def _keep(self, wanted: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
+        """Leave the rows that are wanted in the file, and give back the others."""
+        if not self.path.exists():
+            return []
+        rows = read_metrics(self.path.parent, self.path.name)
+        kept = [wanted(row) for row in rows]
+        write_atomically(self.path, "".join(_line(row) for row, keep in zip(rows, kept, strict=True) if keep))
+        return [row for row, keep in zip(rows, kept, strict=True) if not keep]
 
 
 def _line(row: dict[str, Any]) -> str:
@@ -137,7 +179,11 @@ class Console:
 
     def message(self, text: str) -> None:
         """A line of its own, above the bar if there is one."""
-        self._console.print(text, markup=False)
+        try:
+            self._console.print(text, markup=False)
+        except (OSError, SystemExit):
+            # Nobody reads any more (rich would end the process), or a log's disk is full: no reason to stop training.
+            self._console.quiet = True
 
     def close(self) -> None:
         """Leave the terminal as it was."""

@@ -6,11 +6,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from efficient_lm.errors import CheckpointError, ResourceError, is_disk_full
+from efficient_lm.errors import CheckpointError, ResourceError, storage_fault
+from efficient_lm.training.processes import exchange, is_main
 
 
 class RunDirectory:
-    """The folder of a run, locked while the `with` block runs.
+    """The folder of a run, locked while the `with` block runs; of many processes, by process 0 for all.
 
     Raises:
         CheckpointError: another process is writing to it.
@@ -47,11 +48,17 @@ class RunDirectory:
         return self.path / "summary.json"
 
     def __enter__(self) -> "RunDirectory":
+        if is_main():
+            self._take()
+        exchange()
+        return self
+
+    def _take(self) -> None:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
-            reason = "the disk is full" if is_disk_full(error) else error.strerror
+            reason = storage_fault(error) or error.strerror
             raise ResourceError(f"run.dir: cannot write to {self.path}: {reason}") from error
         try:
             # The kernel drops the lock when the process ends, however it ends: nothing to clean up after a crash.
@@ -61,7 +68,6 @@ class RunDirectory:
             raise CheckpointError(
                 f"run.dir: {self.path} is in use by another run; wait for it, or choose another run.name or run.dir"
             ) from None
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -1,16 +1,20 @@
 """Experiment trackers. A run never fails or waits for its tracker: what goes wrong there is one warning."""
 
+import json
 import logging
 import os
 import socket
 import threading
+import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 from urllib.parse import urlparse
 
-from efficient_lm.spec import Choice, Listing
+from pydantic import Field
+
+from efficient_lm.spec import Choice, Listing, OneOf
 
 log = logging.getLogger(__name__)
 
@@ -18,6 +22,8 @@ RUN_ID_FILE = "wandb_run_id"
 START_SECONDS = 30
 FINISH_SECONDS = 60
 PROBE_SECONDS = 2
+
+Row = dict[str, Any]
 
 
 class Tracker:
@@ -33,8 +39,15 @@ class Tracker:
 class TrackerSpec(Choice, role="tracker"):
     """Where a run's metrics go besides its own folder."""
 
-    def start(self, run_dir: str | Path, name: str, config: dict[str, Any], resume_step: int = 0) -> Tracker:
-        """Begin, or go on after `resume_step` steps."""
+    def start(
+        self,
+        run_dir: str | Path,
+        name: str,
+        config: dict[str, Any],
+        resume_step: int = 0,
+        repeated: Sequence[Row] = (),
+    ) -> Tracker:
+        """Begin, or go on after `resume_step` steps; `repeated` are rows of before that will come again."""
         raise TypeError(f"{type(self).__name__} does not define start")
 
 
@@ -43,8 +56,141 @@ class NoTrackerSpec(TrackerSpec):
 
     kind: Literal["none"] = "none"
 
-    def start(self, run_dir: str | Path, name: str, config: dict[str, Any], resume_step: int = 0) -> Tracker:
+    def start(
+        self,
+        run_dir: str | Path,
+        name: str,
+        config: dict[str, Any],
+        resume_step: int = 0,
+        repeated: Sequence[Row] = (),
+    ) -> Tracker:
         return Tracker()
+
+
+class SeveralTrackersSpec(TrackerSpec):
+    """Several at once.
+
+    Attributes:
+        trackers: by any name; one that fails is given up by itself.
+    """
+
+    kind: Literal["several"] = "several"
+    trackers: Annotated[dict[str, OneOf[TrackerSpec]], Field(min_length=1)]
+
+    def start(
+        self,
+        run_dir: str | Path,
+        name: str,
+        config: dict[str, Any],
+        resume_step: int = 0,
+        repeated: Sequence[Row] = (),
+    ) -> Tracker:
+        return _Several([spec.start(run_dir, name, config, resume_step, repeated) for spec in self.trackers.values()])
+
+
+class _Several(Tracker):
+    def __init__(self, trackers: list[Tracker]):
+        self._trackers = trackers
+
+    def log(self, row: Row, step: int) -> None:
+        for tracker in self._trackers:
+            tracker.log(row, step)
+
+    def finish(self, summary: dict[str, Any]) -> None:
+        for tracker in self._trackers:
+            tracker.finish(summary)
+
+
+class _Attempting(Tracker):
+    """A tracker whose first failure is a warning and the last that is heard of it.
+
+    Attributes:
+        name: for the warning.
+        working: False once it has failed.
+    """
+
+    name = ""
+
+    def __init__(self) -> None:
+        self.working = True
+
+    def attempt(self, action: Callable[[], None]) -> None:
+        """Do something, unless it failed before."""
+        if not self.working:
+            return
+        try:
+            action()
+        except Exception as error:
+            self.working = False
+            reason = (str(error).splitlines() or [repr(error)])[0]
+            log.warning("%s failed and is left out from here on: %s", self.name, reason)
+
+
+class TensorBoardSpec(TrackerSpec):
+    """TensorBoard's event files in `<run>/tensorboard`, for ``tensorboard --logdir runs``."""
+
+    kind: Literal["tensorboard"] = "tensorboard"
+
+    def start(
+        self,
+        run_dir: str | Path,
+        name: str,
+        config: dict[str, Any],
+        resume_step: int = 0,
+        repeated: Sequence[Row] = (),
+    ) -> Tracker:
+        return TensorBoard(Path(run_dir) / "tensorboard", config, resume_step)
+
+
+class TensorBoard(_Attempting):
+    """Writes a file of events for each session; a row is one record, on disk as soon as it is logged."""
+
+    name = "tensorboard"
+
+    def __init__(self, folder: Path, config: dict[str, Any], resume_step: int):
+        super().__init__()
+        self._writer: Any = None
+        self.attempt(lambda: self._start(folder, config, resume_step))
+
+    def log(self, row: Row, step: int) -> None:
+        self.attempt(lambda: self._log(row, step))
+
+    def finish(self, summary: dict[str, Any]) -> None:
+        self.attempt(lambda: self._finish(summary))
+
+    def _start(self, folder: Path, config: dict[str, Any], resume_step: int) -> None:
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import SessionLog
+
+        folder.mkdir(parents=True, exist_ok=True)
+        # Names of files tell seconds, and a second session may begin in the same one.
+        self._writer = EventsWriter(str(folder / "events"), f".{time.time_ns()}")
+        # What earlier sessions logged from this step on is hidden: it comes again.
+        self._write(resume_step + 1, session_log=SessionLog(status=SessionLog.START))
+        self._text("config", config, resume_step)
+
+    def _log(self, row: Row, step: int) -> None:
+        from tensorboardX.proto.summary_pb2 import Summary
+
+        numbers = {name: value for name, value in row.items() if isinstance(value, int | float) and name != "step"}
+        values = [Summary.Value(tag=name, simple_value=value) for name, value in numbers.items()]
+        self._write(step, summary=Summary(value=values))
+
+    def _finish(self, summary: dict[str, Any]) -> None:
+        self._text("summary", summary, summary["step"])
+        self._writer.close()
+
+    def _text(self, tag: str, values: dict[str, Any], step: int) -> None:
+        from tensorboardX.summary import text
+
+        lines = json.dumps(values, indent=2).splitlines()
+        self._write(step, summary=text(tag, "\n".join(f"    {line}" for line in lines)))
+
+    def _write(self, step: int, **content: Any) -> None:
+        from tensorboardX.proto.event_pb2 import Event
+
+        self._writer.write_event(Event(wall_time=time.time(), step=step, **content))
+        self._writer.flush()
 
 
 class WandbSpec(TrackerSpec):
@@ -63,26 +209,37 @@ class WandbSpec(TrackerSpec):
     tags: Listing[str] = ()
     mode: Literal["auto", "online", "offline"] = "auto"
 
-    def start(self, run_dir: str | Path, name: str, config: dict[str, Any], resume_step: int = 0) -> Tracker:
-        return Wandb(self, Path(run_dir), name, config)
+    def start(
+        self,
+        run_dir: str | Path,
+        name: str,
+        config: dict[str, Any],
+        resume_step: int = 0,
+        repeated: Sequence[Row] = (),
+    ) -> Tracker:
+        return Wandb(self, Path(run_dir), name, config, repeated)
 
 
-class Wandb(Tracker):
+class Wandb(_Attempting):
     """A W&B run; one that fails is given up, and the training run goes on."""
 
-    def __init__(self, spec: WandbSpec, run_dir: Path, name: str, config: dict[str, Any]):
-        self._run: Any = None
-        self._attempt(lambda: self._start(spec, run_dir, name, config))
+    name = "wandb"
 
-    def log(self, row: dict[str, Any], step: int) -> None:
-        if self._run is not None:
-            self._attempt(lambda: self._run.log({**row, "step": step}))
+    def __init__(self, spec: WandbSpec, run_dir: Path, name: str, config: dict[str, Any], repeated: Sequence[Row] = ()):
+        super().__init__()
+        self._run: Any = None
+        # W&B keeps every row it was ever given: one that comes again, with the same figures, is left out.
+        known = (run_dir / RUN_ID_FILE).exists()
+        self._sent = {_identity(row, row["step"]) for row in repeated} if known else set()
+        self.attempt(lambda: self._start(spec, run_dir, name, config))
+
+    def log(self, row: Row, step: int) -> None:
+        if _identity(row, step) not in self._sent:
+            self.attempt(lambda: self._run.log({**row, "step": step}))
 
     def finish(self, summary: dict[str, Any]) -> None:
-        if self._run is None:
-            return
         # A server that stopped answering would hold the process for as long as uploads are retried.
-        worker = threading.Thread(target=self._attempt, args=(lambda: self._finish(summary),), daemon=True)
+        worker = threading.Thread(target=self.attempt, args=(lambda: self._finish(summary),), daemon=True)
         worker.start()
         worker.join(FINISH_SECONDS)
         if worker.is_alive():
@@ -92,7 +249,9 @@ class Wandb(Tracker):
         import wandb
 
         mode = spec.mode if spec.mode != "auto" else _reachable_mode(wandb)
-        settings = wandb.Settings(silent=True, console="off", init_timeout=START_SECONDS)
+        # Neither the working folder's source nor its remote, whose address may hold a password, is the run's business.
+        private = {"disable_code": True, "disable_git": True}
+        settings = wandb.Settings(silent=True, console="off", init_timeout=START_SECONDS, **private)
         run_dir.mkdir(parents=True, exist_ok=True)
         self._run = wandb.init(
             project=spec.project,
@@ -115,12 +274,10 @@ class Wandb(Tracker):
         self._run.summary.update(summary)
         self._run.finish()
 
-    def _attempt(self, action: Callable[[], None]) -> None:
-        try:
-            action()
-        except Exception as error:
-            self._run = None
-            log.warning("wandb failed and is left out from here on: %s", (str(error).splitlines() or [repr(error)])[0])
+
+def _identity(row: Row, step: int) -> tuple[int, str]:
+    """What tells a row from others: its step, and whether it is of training, of validation or of something else."""
+    return step, next(iter(name for name in row if name not in ("step", "tokens")), "")
 
 
 def _run_id(run_dir: Path) -> str:

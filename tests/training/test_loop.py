@@ -12,12 +12,12 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from orbax.checkpoint import v1 as ocp
 
 from efficient_lm.api import load
 from efficient_lm.config import load_run_config
 from efficient_lm.errors import CheckpointError, ConfigError, DivergedError, ResourceError
 from efficient_lm.training import loop
-from efficient_lm.training.checkpoints import Checkpoints
 from efficient_lm.training.reporting import read_metrics
 from efficient_lm.training.run_directory import RunDirectory
 
@@ -48,9 +48,7 @@ def run(text, folder, **options):
 
 
 def saved_state(folder, step=12):
-    checkpoints = Checkpoints(folder / "checkpoints")
-    items = checkpoints._checkpointer.load_checkpointables(step)
-    checkpoints.close()
+    items = ocp.load_checkpointables(folder / "checkpoints" / str(step))
     return jax.tree.leaves({name: items[name] for name in ("parameters", "optimizer")})
 
 
@@ -76,7 +74,10 @@ def test_a_run_directory_is_complete(whole):
     assert (folder / "plots" / "loss.png").stat().st_size > 10_000
     assert [step for step, _ in losses(folder)] == list(range(1, 13))
     rows = read_metrics(folder)
-    assert {"step", "tokens", "loss", "learning_rate", "grad_norm", "tokens_per_second"} <= set(rows[0])
+    assert {"step", "tokens", "loss", "learning_rate", "grad_norm", "tokens_per_second", "step_seconds", "data_wait",
+            "dispatch", "metrics_wait", "compile_seconds", "host_memory_bytes"} <= set(rows[0])  # fmt: skip
+    assert "mfu" not in rows[0] and "compile_seconds" not in rows[2]
+    assert all(0 <= rows[2][share] < 1 for share in ("data_wait", "dispatch", "metrics_wait"))
     assert [row["step"] for row in rows if "val_bits_per_byte" in row] == [6, 12]
     assert summary == json.loads((folder / "summary.json").read_text())
     assert summary["tokens"] == rows[-1]["tokens"] and summary["step"] == 12
@@ -141,9 +142,14 @@ def test_killed_at_any_moment_it_goes_on_from_the_newest_whole_checkpoint(text, 
         process.kill()
         process.communicate()
         assert not (folder / "summary.json").exists()
-    assert run(text, folder)["step"] == 12
+    summary = run(text, folder)
+    assert summary["step"] == 12
     assert same(saved_state(folder), saved_state(whole[0]))
     assert losses(folder) == losses(whole[0])
+    spent = summary["goodput"]
+    assert spent["sessions"] == 3 and spent["down_seconds"] > 0 and 0 < spent["goodput"] < 1
+    parts = [value for name, value in spent.items() if name.endswith("_seconds") and name != "wall_seconds"]
+    assert sum(parts) == pytest.approx(spent["wall_seconds"])
 
 
 def test_a_signal_saves_and_stops(text, tmp_path):
@@ -200,6 +206,7 @@ def test_a_longer_run_goes_on(text, whole, tmp_path):
     assert losses(folder)[:12] == losses(whole[0])
 
 
+@pytest.mark.slow
 def test_another_implementation_of_an_operator_is_the_same_model(text, whole, tmp_path):
     folder = tmp_path / "reference"
     shutil.copytree(whole[0], folder)
@@ -293,6 +300,7 @@ def test_evaluation_of_a_file_by_hand(whole, tmp_path):
     assert scores["bits_per_byte"] == pytest.approx(nats / np.log(2) / 21, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_evaluations_look_inside_the_mixers_when_asked(text, tmp_path):
     options = {"mixer": "rg_lru", "mixer.heads": 4, "train.steps": 2, "train.evaluate_every": 1}
     run(text, tmp_path / "run", **{"train.diagnostics": "true", **options})

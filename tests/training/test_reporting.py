@@ -120,3 +120,16 @@ def test_the_plot_is_a_picture(tmp_path):
     assert path == tmp_path / "plots" / "loss.png"
     assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 10_000
     assert os.listdir(path.parent) == ["loss.png"]
+
+
+def test_nobody_has_to_read_what_a_run_prints(monkeypatch):
+    end, begin = os.pipe()
+    os.close(end)
+    with open(begin, "w", buffering=1) as gone, monkeypatch.context() as patch:
+        patch.setattr("sys.stdout", gone)
+        console = Console(10)
+        console.show({"step": 1, "loss": 2.0})
+        console.show({"step": 2, "loss": 2.0})
+        console.close()
+        # What nobody took is not tried again when the file is closed.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), begin)

@@ -1,0 +1,17 @@
+"""Memory in use, as the allocator and the operating system say: asking makes no device wait."""
+
+import jax
+import psutil
+
+
+def memory_figures() -> dict[str, int]:
+    """Bytes: `host_memory_bytes`, of this process; on accelerators also of the fullest of its devices
+    `device_memory_bytes`, in use, and `device_memory_peak_bytes`, the most there was in use since the start.
+    """
+    figures = {"host_memory_bytes": psutil.Process().memory_info().rss}
+    found = [statistics for device in jax.local_devices() if (statistics := device.memory_stats())]
+    for key, name in (("bytes_in_use", "device_memory_bytes"), ("peak_bytes_in_use", "device_memory_peak_bytes")):
+        values = [statistics[key] for statistics in found if key in statistics]
+        if values:
+            figures[name] = max(values)
+    return figures
