@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,22 +21,28 @@ from efficient_lm.data.tokenizers import (
     HuggingFaceTokenizer,
     Tokenizer,
 )
-from efficient_lm.errors import CheckpointError, ConfigError, ResourceError, is_disk_full, nearest
+from efficient_lm.errors import CheckpointError, ConfigError, ResourceError, nearest, storage_fault
 from efficient_lm.interop.families import FAMILIES
 from efficient_lm.interop.families.base import Family, essence
 from efficient_lm.interop.keys import Config, Inexpressible
 from efficient_lm.interop.state import Names, cast_exactly, parameter_paths, piece_rows, published, read_parameters
 from efficient_lm.interop.tensors import DTYPES, SafetensorsFolder, TensorSource, write_safetensors
 from efficient_lm.models.language_model import ModelSpec
-from efficient_lm.models.parameters import Parameters
+from efficient_lm.models.parameters import Parameters, count_parameters
+from efficient_lm.untrusted import JSON_BYTES, inside, parse_json, read_bytes
 
 log = logging.getLogger(__name__)
 
 CONFIG, GENERATION, ELEMENTS, ROWS = "config.json", "generation_config.json", "dtypes.json", "rows.json"
 SEARCH = "search"
 """Where in a run's folder a search for a submodel leaves what it found."""
+LISTED = {"layer": 4096, "expert": 65_536, "block_size": 8192}
+"""What of a config stands for a list: a part of the names of its keys, and the most that is believed."""
 HEADROOM = 1.05
 """Free disk space asked for before a folder is written, as a multiple of the bytes of its tensors."""
+
+UNTOLD = 1 << 24
+"""Parameters beyond twice those in the files that a config may describe, before the one that is missing is named."""
 
 ROUNDED = (2e-2, 1e-2)
 """Relative and absolute error of constants that were computed in bfloat16."""
@@ -70,7 +77,7 @@ class Origin:
         """What `save` wrote; None where there is nothing. Raises `CheckpointError` for damaged files."""
         if not folder.is_dir():
             return None
-        others = {f.name: f.read_bytes() for f in folder.iterdir() if f.name not in (CONFIG, ELEMENTS, ROWS)}
+        others = {GENERATION: _bytes(folder / GENERATION)} if (folder / GENERATION).exists() else {}
         rows = read_json(folder / ROWS) if (folder / ROWS).is_file() else {}
         return cls(read_json(folder / CONFIG), read_json(folder / ELEMENTS), others, rows)
 
@@ -99,7 +106,13 @@ class Description:
         if rates:
             log.info("%s: %s: dropout is not applied in training here", self.where, ", ".join(rates))
         self._check_constants()
-        return read_parameters(self.family, self.spec.build(), self.tensors, self.where)
+        model = self.spec.build()
+        stated, stored = count_parameters(model.declarations), sum(map(math.prod, self.tensors.shapes.values()))
+        if stated > 2 * stored + UNTOLD:
+            raise CheckpointError(
+                f"{self.where}: config.json describes {stated:,} parameters, and the files hold {stored:,}"
+            )
+        return read_parameters(self.family, model, self.tensors, self.where)
 
     def _check_constants(self) -> None:
         """Raises `CheckpointError` for a tensor that is no parameter here and has other values than the config says."""
@@ -125,7 +138,7 @@ def describe_folder(folder: Path) -> Description:
         raise CheckpointError(f"{folder}: no such folder")
     config = read_json(folder / CONFIG)
     family = family_of(config, str(folder / CONFIG))
-    others = {GENERATION: (folder / GENERATION).read_bytes()} if (folder / GENERATION).is_file() else {}
+    others = {GENERATION: _bytes(folder / GENERATION)} if (folder / GENERATION).is_file() else {}
     return describe(config, SafetensorsFolder(folder), others, str(folder), family)
 
 
@@ -134,6 +147,9 @@ def describe(
 ) -> Description:
     """The same for a config and tensors from anywhere. Raises as `describe_folder`."""
     family = family or family_of(config, where)
+    _check_sizes(config, where)
+    if config.pop("auto_map", None) is not None:
+        log.info("%s: its own code (auto_map) is not run: this is the %s built in", where, family.model_type)
     with _located(where):
         spec = family.spec(config)
     spec, tensors = _tied_or_not(spec, family, tensors, where)
@@ -155,6 +171,15 @@ def family_of(config: Config, where: str) -> Family:
     if name not in FAMILIES:
         raise ConfigError(f"{where}: model_type '{name}' is not supported; {nearest(name, FAMILIES)}")
     return FAMILIES[name]
+
+
+def _check_sizes(config: Config, where: str) -> None:
+    """Counts of which lists are made. Raises `CheckpointError` for one that no model has."""
+    for name, value in config.items():
+        named = name.removesuffix("_intermediate_size")
+        most = next((most for part, most in LISTED.items() if part in name and named == name), None)
+        if most is not None and isinstance(value, int) and value > most:
+            raise CheckpointError(f"{where}: {name}: {value:,} is more than {most:,}, which no model has")
 
 
 @contextmanager
@@ -209,7 +234,7 @@ class _Renamed:
 def folder_tokenizer(folder: Path) -> Tokenizer:
     """The tokenizer of a folder; one that only says it is absent where there is no `tokenizer.json`."""
     if (folder / TOKENIZER_FILE).is_file():
-        return HuggingFaceTokenizer.read(folder / TOKENIZER_FILE)
+        return HuggingFaceTokenizer.read_folder(folder)
     others = [name for name in COMPANIONS if (folder / name).is_file()]
     log.warning(
         "%s: no %s%s: the model takes token ids alone",
@@ -300,8 +325,9 @@ def write_folder(
             folder.rmdir()
         temporary.rename(folder)
     except OSError as error:
-        if is_disk_full(error):
-            raise ResourceError(f"{folder}: the disk is full; nothing was left there") from error
+        fault = storage_fault(error)
+        if fault is not None:
+            raise ResourceError(f"{folder}: {fault}; nothing was left there") from error
         raise CheckpointError(f"{folder}: cannot be written: {error.strerror or error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -369,7 +395,7 @@ def _check_space(folder: Path, params: Parameters) -> None:
 def read_json(path: Path) -> Config:
     """A JSON object. Raises `CheckpointError`."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parse_json(read_bytes(inside(path.parent, path.name), JSON_BYTES))
     except FileNotFoundError as error:
         raise CheckpointError(f"{path.parent}: no {path.name}: not a folder in Hugging Face format") from error
     except (OSError, ValueError) as error:
@@ -377,6 +403,13 @@ def read_json(path: Path) -> Config:
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: not a JSON object")
     return value
+
+
+def _bytes(path: Path) -> bytes:
+    try:
+        return read_bytes(inside(path.parent, path.name), JSON_BYTES)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from error
 
 
 def _json(value: Any) -> bytes:

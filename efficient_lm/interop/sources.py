@@ -10,6 +10,7 @@ from efficient_lm.errors import CheckpointError
 from efficient_lm.interop.gguf import open_gguf
 from efficient_lm.interop.hugging_face import CONFIG, Description, describe, describe_folder, folder_tokenizer
 from efficient_lm.runtime import cache_root
+from efficient_lm.untrusted import refuse_pickle
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,9 @@ def open_published(path: Path, form: Literal["hf", "gguf"] | None = None) -> Pub
 def _from_gguf(path: Path) -> Published:
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file")
+    refuse_pickle(path)
+    if path.suffix == ".safetensors":
+        raise CheckpointError(f"{path}: says nothing of the model; name its folder, with config.json")
     file = open_gguf(path)
     described = describe(file.config, file.tensors, {}, str(path))
     if TOKENIZER_FILE not in file.tokenizer:

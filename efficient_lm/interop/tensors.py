@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from efficient_lm.errors import CheckpointError
+from efficient_lm.untrusted import JSON_BYTES, inside, parse_json, read_bytes, refuse_pickle
 
 log = logging.getLogger(__name__)
 
@@ -25,7 +26,8 @@ DTYPES: dict[str, np.dtype] = {
 
 _CODES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
-_PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+HEADER_BYTES = 1 << 25
+"""Of a file's list of tensors; those of the largest published models have less than one million."""
 SHARD_BYTES = 2 * 10**9
 
 
@@ -86,11 +88,14 @@ def _listed(folder: Path) -> dict[str, Path] | None:
     if not index.is_file():
         return None
     try:
-        names = json.loads(index.read_text())["weight_map"]
-        listed = {str(name): folder / Path(file).name for name, file in names.items()}
+        names = parse_json(read_bytes(inside(folder, _INDEX), JSON_BYTES))["weight_map"]
+        files = {str(name): str(file) for name, file in names.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{index}: not an index of safetensors ({_line(error)})") from error
-    for file in dict.fromkeys(listed.values()):
+    places = {file: inside(folder, file, said_by=_INDEX) for file in dict.fromkeys(files.values())}
+    listed = {name: places[file] for name, file in files.items()}
+    for file in places.values():
+        refuse_pickle(file)
         if not file.is_file():
             raise CheckpointError(f"{file}: this shard is missing; {_INDEX} lists it")
     return listed
@@ -99,20 +104,16 @@ def _listed(folder: Path) -> dict[str, Path] | None:
 def _single(folder: Path) -> Path:
     file = folder / _WEIGHTS
     if file.is_file():
-        return file
-    pickled = [name for name in _PICKLES if (folder / name).exists()] + [f.name for f in sorted(folder.glob("*.bin"))]
-    if pickled:
-        raise CheckpointError(
-            f"{folder / pickled[0]}: a pickle, which can run code when it is read: refused; "
-            "save the model once more as safetensors"
-        )
+        return inside(folder, _WEIGHTS)
+    for other in sorted(folder.iterdir()):
+        refuse_pickle(other)
     raise CheckpointError(f"{folder}: no weights: neither {_WEIGHTS} nor {_INDEX}")
 
 
 def _header(file: Path) -> Iterator[tuple[str, tuple[int, ...], str, int]]:
     """Name, shape and dtype of every tensor of a file, and the byte where it begins."""
+    offsets = _offsets(file)
     with _opened(file) as opened:
-        offsets = _offsets(file)
         for name in opened.keys():  # noqa: SIM118  (not a mapping)
             piece = opened.get_slice(name)
             code = piece.get_dtype()
@@ -123,10 +124,19 @@ def _header(file: Path) -> Iterator[tuple[str, tuple[int, ...], str, int]]:
 
 def _offsets(file: Path) -> dict[str, int]:
     """The byte where each tensor begins: behind the header, which is JSON behind its own length."""
-    with file.open("rb") as opened:
-        length = int.from_bytes(opened.read(8), "little")
-        entries = json.loads(opened.read(length))
-    return {name: 8 + length + entry["data_offsets"][0] for name, entry in entries.items() if name != "__metadata__"}
+    refuse_pickle(file)
+    try:
+        with file.open("rb") as opened:
+            length = int.from_bytes(opened.read(8), "little")
+            if length > min(HEADER_BYTES, file.stat().st_size):
+                raise CheckpointError(f"{file}: truncated or not safetensors (a header of {length:,} bytes)")
+            entries = parse_json(opened.read(length))
+        entries.pop("__metadata__", None)
+        return {name: 8 + length + int(entry["data_offsets"][0]) for name, entry in entries.items()}
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{file}: no such file") from error
+    except (OSError, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+        raise CheckpointError(f"{file}: truncated or not safetensors ({_line(error)})") from error
 
 
 def _opened(file: Path) -> Any:

@@ -21,6 +21,10 @@ from efficient_lm.errors import CheckpointError
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
+HEADER_BYTES = 1 << 26
+"""Of everything before the tensors; vocabularies of 262,144 entries take 20 MB."""
+_LENGTH_BYTES = 8
+"""Of the length in front of a string."""
 _DIMENSIONS = 4
 _STRING, _ARRAY, _FLOAT32 = GGUFValueType.STRING, GGUFValueType.ARRAY, GGUFValueType.FLOAT32
 _SCALARS = {
@@ -98,16 +102,22 @@ class _Cursor:
 
     def __init__(self, path: Path, file: BufferedReader):
         self.path, self.size = path, path.stat().st_size
+        self.most = min(self.size, HEADER_BYTES)
         self._file = file
 
     def tell(self) -> int:
         return self._file.tell()
 
     def take(self, count: int, what: str) -> bytes:
-        # The count comes from the file: compare it before reserving memory for it.
+        self.check(count, what)
+        return self._file.read(count)
+
+    def check(self, count: int, what: str) -> None:
+        """Whether so many bytes follow. The count comes from the file: it is compared before memory is reserved."""
         if count > self.size - self._file.tell():
             raise CheckpointError(f"{self.path}: truncated: the file ends within {what}")
-        return self._file.read(count)
+        if count > self.most - self._file.tell():
+            raise CheckpointError(f"{self.path}: damaged: {what} goes beyond the {self.most:,} bytes that headers have")
 
     def uint32(self, what: str) -> int:
         return struct.unpack("<I", self.take(4, what))[0]
@@ -132,6 +142,8 @@ class _Cursor:
 
     def _array(self, what: str) -> list[Any]:
         kind, count = self.uint32(what), self.uint64(what)
+        if kind == _STRING:
+            self.check(count * _LENGTH_BYTES, what)
         return (
             [self.string(what) for _ in range(count)] if kind == _STRING else self._scalars(kind, count, what).tolist()
         )

@@ -13,6 +13,8 @@ from efficient_lm.interop.gguf.header import Header
 from efficient_lm.interop.gguf.pretokenizers import PRE_TOKENIZERS
 
 SPACE = "▁"
+TOKEN_CHARACTERS = 1024
+"""Of one token at most: merges are looked for at each place where it can be cut."""
 _NONE = ("none", "no_vocab")
 _SPECIAL = {
     "bos_token": "bos_token_id", "eos_token": "eos_token_id",
@@ -110,6 +112,8 @@ def _json(value: Any, indent: int | None = None) -> bytes:
 
 def _vocabulary(header: Header, kind: str) -> Vocabulary:
     tokens = [token or f"[EMPTY_{index}]" for index, token in enumerate(_need(header, "tokens"))]
+    if max(map(len, tokens), default=0) > TOKEN_CHARACTERS:
+        raise CheckpointError(f"{header.path}: tokenizer.ggml.tokens has a token of over {TOKEN_CHARACTERS} characters")
     types = _get(header, "token_type", [TokenType.NORMAL] * len(tokens))
     embedding = header.tensors.get("token_embd.weight")
     if embedding is not None and len(tokens) > embedding.shape[0]:
