@@ -38,18 +38,17 @@ from timing import surroundings
 
 from efficient_lm.elastic.nesting import WHOLE, NestingSpec
 from efficient_lm.models.language_model import LanguageModel, ModelSpec
-from efficient_lm.models.parameters import count_parameters, decay_mask
+from efficient_lm.models.parameters import count_parameters
 from efficient_lm.objectives.causal_lm import CausalLMSpec
-from efficient_lm.training.optimizers import AdamWSpec
+from efficient_lm.training.optimizers.adamw import AdamWSpec
 from efficient_lm.training.parallelism import ParallelismSpec
 from efficient_lm.training.step import initial_state, make_step, state_shardings
 from kernels_pallas.attention import attention
+from kernels_pallas.benchmark.ceilings import matmul_flops
 from kernels_pallas.dispatch import preferring
 from kernels_pallas.linear_cross_entropy import linear_cross_entropy
 
 LEARNING_RATE, BETAS, EPSILON, DECAY, CLIP_NORM, NORM_EPSILON = 1e-3, (0.9, 0.95), 1e-8, 0.1, 1.0, 1e-6
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "TPU v5p": 459e12, "TPU v6e": 918e12}
-"""Dense bfloat16 peak, by a part of the device's name."""
 HERE = Path(__file__).parent
 Params = dict[str, Any]
 Round = Callable[[int], float]
@@ -88,7 +87,7 @@ def make_batch(options: argparse.Namespace) -> dict[str, np.ndarray]:
 
 def framework_parts(model: LanguageModel) -> tuple[Any, Any, Any]:
     """Optimizer, layout and the sharding of the state."""
-    optimizer = AdamWSpec(weight_decay=DECAY).build(lambda step: LEARNING_RATE, decay_mask(model.declarations))
+    optimizer = AdamWSpec(weight_decay=DECAY).build(lambda step: LEARNING_RATE, model.declarations)
     layout = ParallelismSpec().build()
     return optimizer, layout, state_shardings(model, optimizer, layout)
 
@@ -315,7 +314,7 @@ def report(options: argparse.Namespace) -> dict[str, Any]:
     """Measure, print a table, and return what is kept."""
     arms, losses, torch_versions = build_arms(options)
     seconds = alternate(arms, options.rounds, options.steps)
-    tokens, peak = options.batch * options.time, peak_flops()
+    tokens, peak = options.batch * options.time, peak_flops(options.dtype)
     model = model_spec(options).build()
     flops = 3 * model.flops_per_token(options.time) * tokens
     results = {}
@@ -343,10 +342,10 @@ def ratio(seconds: dict[str, list[float]], above: str, below: str) -> float | No
     return round(statistics.median(a / b for a, b in zip(seconds[above], seconds[below], strict=True)), 4)
 
 
-def peak_flops() -> float | None:
-    """The devices' dense bfloat16 peak; None if it is not known."""
-    kind = jax.devices()[0].device_kind
-    return next((peak * jax.device_count() for name, peak in PEAK_FLOPS.items() if name in kind), None)
+def peak_flops(dtype: str) -> float | None:
+    """What the devices can do at most in products of a type; None if it is not known."""
+    peak = matmul_flops(jax.devices()[0].device_kind, dtype)
+    return peak and peak * jax.device_count()
 
 
 def compile_times(options: argparse.Namespace, depths: tuple[int, ...] = (6, 48)) -> dict[str, Any]:
