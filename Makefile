@@ -6,11 +6,11 @@
 SHELL := /bin/bash
 BIN := .venv/bin
 STAMP := .venv/.installed
-# -n 2: two test processes; the tests themselves keep JAX on the CPU.
-PYTEST := $(BIN)/python -m pytest -n 2
+# Two test processes, each with whole files, so that what a file sets up is made once; JAX stays on the CPU.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 SIZES := 0.5 0.25 0.125
 
-.PHONY: train test test-all ahead lint format env lock clean
+.PHONY: train test test-all test-faults ahead lint format env lock clean
 
 # What was extracted before stays as it is; what was stopped before it had a checkpoint is extracted anew.
 train: env
@@ -23,12 +23,16 @@ train: env
 	done
 
 test: env
-	$(PYTEST) -m "not slow"
+	$(PYTEST) -m "not slow and not faults"
 
 # Also what compiles for TPUs and GPUs that are not there: the tests alone see the compilers, for with them on its path
 # JAX looks for a TPU whenever it starts.
 test-all: env .ahead/.installed
-	PYTHONPATH=.ahead $(PYTEST)
+	PYTHONPATH=.ahead $(PYTEST) -m "not faults"
+
+# A run of two processes that is killed a hundred times; FAULT_KILLS, FAULT_PROCESSES and FAULT_SEED say otherwise.
+test-faults: env
+	FAULT_PROCESSES=$${FAULT_PROCESSES:-2} $(BIN)/python -m pytest -s -m faults tests/faults
 
 ahead: .ahead/.installed
 

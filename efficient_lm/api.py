@@ -37,6 +37,7 @@ from efficient_lm.models.parameters import Parameters, count_parameters
 from efficient_lm.models.skipping.base import SkippingSpec
 from efficient_lm.objectives.base import ObjectiveSpec
 from efficient_lm.training.checkpoints import Checkpoints, load_parameters
+from efficient_lm.training.parameterization import StandardSpec
 from efficient_lm.training.run_directory import RunDirectory, locate
 from efficient_lm.validation import of_kind, validate
 
@@ -378,7 +379,10 @@ class Model:
         choice = choose(self.model, parts_of(self.model, submodel))
         spec = submodel_spec(self.model, choice)
         cut = jax.jit(lambda params: submodel_parameters(self.model, spec.build(), params, choice.layers))
-        config = self.config.model_copy(update={"model": spec, "init_from": None, "nesting": NoNestingSpec()})
+        changes = {
+            "model": spec, "init_from": None, "nesting": NoNestingSpec(), "parameterization": StandardSpec(),
+        }  # fmt: skip
+        config = self.config.model_copy(update=changes)
         return Model(config, cut(self.params), self.tokenizer, self.step, self.origin)
 
     def extract(self, *, experts: Any = None, order: Order | None = None, **choice: Any) -> "Model":
@@ -439,39 +443,43 @@ def _before(row: np.ndarray, end: int | None) -> np.ndarray:
     return row[: stops[0]] if len(stops) else row
 
 
-def load(path: str | Path, submodel: float | Mapping[str, Part] | None = None) -> Model:
+def load(path: str | Path, submodel: float | Mapping[str, Part] | None = None, averaged: bool = False) -> Model:
     """A run directory, one of its checkpoints (``runs/name/checkpoints/400``), a Hugging Face folder or a GGUF file.
 
     Args:
         submodel: the smaller model inside to take, see `Model.submodel`; None takes the whole.
+        averaged: take the moving average that a run kept of its parameters (`train.average`).
 
     Raises:
         CheckpointError: there is no model, nothing in it can be read, or config and parameters do not fit each other.
         ConfigError: a published model of a family or with an option that is not supported.
     """
     if submodel is not None:
-        return load(path).submodel(submodel)
+        return load(path, averaged=averaged).submodel(submodel)
     path = Path(path)
     if is_published(path):
-        return _published(open_published(path), path.stem)
+        if averaged:
+            raise ConfigError(f"averaged: {path} is a published model, which holds no average beside; leave it out")
+        return _published(open_published(path), path)
     run, step = locate(path)
     config = read_config(run.config)
-    params, record = load_parameters(run.checkpoints, config.model.build().declarations, step)
+    params, record = load_parameters(run.checkpoints, config.model.build().declarations, step, averaged)
     return Model(config, params, load_tokenizer(run.tokenizer), record["step"], Origin.load(run.origin))
 
 
 def from_hf(path: str | Path) -> Model:
     """A folder in Hugging Face format (`config.json`, safetensors, `tokenizer.json`). Raises as `load`."""
-    return _published(open_published(Path(path), "hf"), Path(path).stem)
+    return _published(open_published(Path(path), "hf"), Path(path))
 
 
 def from_gguf(path: str | Path) -> Model:
     """A GGUF file. Raises as `load`."""
-    return _published(open_published(Path(path), "gguf"), Path(path).stem)
+    return _published(open_published(Path(path), "gguf"), Path(path))
 
 
-def _published(found: Published, name: str) -> Model:
+def _published(found: Published, path: Path) -> Model:
     """A model with the config of a run that would use it, on the embedded corpus for want of its own data."""
+    name = path.resolve().stem or "published"
     values = compose("train").values
     values |= {"model": found.described.spec.dump(), "tokenizer": found.tokenizer_choice}
     values["run"] |= {"name": name, "dir": f"runs/{name}"}

@@ -23,6 +23,7 @@ from omegaconf.errors import InterpolationKeyError, MissingMandatoryValue, Omega
 
 from efficient_lm.errors import ConfigError, nearest
 from efficient_lm.overrides import PALETTES, apply, first_line, has, keys, mentions, parse
+from efficient_lm.untrusted import CONFIG_BYTES, parse_yaml, read_bytes, to_yaml
 
 
 def builtin_configs() -> Path:
@@ -51,22 +52,17 @@ class Composed:
         return to_yaml(self.values)
 
 
-def to_yaml(values: dict[str, Any]) -> str:
-    """Plain values as YAML that `read_yaml` reads back unchanged."""
-    return OmegaConf.to_yaml(OmegaConf.create(values, flags={"allow_objects": False}))
-
-
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """Plain values of a YAML file, which cannot run code; interpolations stay text. Raises `ConfigError`."""
+    """Plain values of a YAML file (see `untrusted.parse_yaml`); interpolations stay text. Raises `ConfigError`."""
     try:
-        config = OmegaConf.load(path)
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        values = parse_yaml(read_bytes(Path(path), CONFIG_BYTES, ConfigError))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(_yaml_fault(error, str(path))) from error
-    if not isinstance(config, DictConfig):
+    if not isinstance(values, dict):
         raise ConfigError(f"{path}: holds no mapping")
-    return OmegaConf.to_container(config, resolve=False)
+    return values
 
 
 @dataclass(frozen=True)
@@ -155,9 +151,11 @@ def compose(
         _check_choice(override, roots)
     config, choices = _compose_groups(verb, [override.input_line for override in of_groups], roots)
     _choose_no_tokenizer(config, choices, {override.key_or_group for override in of_groups}, roots.defaults(verb))
-    source = _source(config, of_values)
+    source = _last_said("init_from", config, of_values)
     if source is not None:
-        _begin_with(source, config, choices, {override.key_or_group for override in of_groups}, roots.defaults(verb))
+        whole = _last_said("init_state", config, of_values) == "all"
+        chosen = {override.key_or_group for override in of_groups}
+        _begin_with(source, whole, config, choices, chosen, roots.defaults(verb))
     composed = _Composition(roots, verb, config, choices, _mentioned(config), source)
     expanded: set[str] = set()
     # Palettes first: a place that departs from its palette departs from the one the user asked for.
@@ -171,20 +169,30 @@ def compose(
     return Composed(verb, _resolved(config, palettes), choices)
 
 
-def _source(config: DictConfig, overrides: list[Override]) -> str | None:
-    """The model that training begins with, if any."""
-    said = [override for override in overrides if override.key_or_group == "init_from" and not override.is_delete()]
-    source = said[-1].value() if said else config.get("init_from")
-    return None if source is None else str(source)
+def _last_said(key: str, config: DictConfig, overrides: list[Override]) -> str | None:
+    """The text of a key at the top, as the command line says last, or a config."""
+    said = [override for override in overrides if override.key_or_group == key and not override.is_delete()]
+    value = said[-1].value() if said else config.get(key)
+    return None if value is None else str(value)
 
 
 def _begin_with(
-    source: str, config: DictConfig, choices: dict[str, str | None], said: set[str], defaults: dict[str, str | None]
+    source: str,
+    whole: bool,
+    config: DictConfig,
+    choices: dict[str, str | None],
+    said: set[str],
+    defaults: dict[str, str | None],
 ) -> None:
-    """Put the model and the tokenizer of `source` in place of those that nobody chose."""
+    """Put the model and the tokenizer of `source` in place of those that nobody chose; of a whole run, what it has.
+
+    An experiment that is chosen says the rest itself.
+    """
     from efficient_lm.training.initialization import sections
 
-    found = sections(source)
+    found = sections(source, whole and "experiment" not in said)
+    found = {name: value for name, value in found.items() if name in ("model", "tokenizer") or name not in said}
+    _refuse_interpolations(found, source)
     if "tokenizer" in said or choices.get("tokenizer") != defaults.get("tokenizer"):
         del found["tokenizer"]
         found["model"]["vocab_size"] = None
@@ -192,6 +200,19 @@ def _begin_with(
         del found["model"]
     for section, values in found.items():
         config[section] = OmegaConf.create(values, flags={"allow_objects": False})
+
+
+def _refuse_interpolations(values: Any, source: str, key: str = "") -> None:
+    """What came with a model is composed with the user's own config, and there ``${oc.env:HOME}`` would be resolved."""
+    if isinstance(values, dict):
+        for name, value in values.items():
+            _refuse_interpolations(name, source, key)
+            _refuse_interpolations(value, source, f"{key}.{name}".lstrip("."))
+    elif isinstance(values, list):
+        for value in values:
+            _refuse_interpolations(value, source, key)
+    elif isinstance(values, str) and "${" in values:
+        raise ConfigError(f"init_from={source}: {key}: '{values[:60]}' would be an interpolation; it is not resolved")
 
 
 def _choose_no_tokenizer(

@@ -10,7 +10,7 @@ import efficient_lm.data.dataset  # noqa: F401  (the kind `text` registers itsel
 import efficient_lm.data.synthetic  # noqa: F401  (every kind of the folder registers itself)
 import efficient_lm.models.skipping  # noqa: F401  (every kind of the folder registers itself)
 import efficient_lm.objectives  # noqa: F401  (every kind of the folder registers itself)
-from efficient_lm.composition import compose, read_yaml, to_yaml
+from efficient_lm.composition import compose, read_yaml
 from efficient_lm.data.base import AnyData
 from efficient_lm.data.tokenizers import TokenizerSpec
 from efficient_lm.elastic.nesting import NestingSpec, NoNestingSpec
@@ -23,13 +23,23 @@ from efficient_lm.models.language_model import ModelSpec
 from efficient_lm.models.mixers.base import MixerSpec
 from efficient_lm.models.skipping.base import SkippingSpec
 from efficient_lm.objectives.base import ObjectiveSpec
+from efficient_lm.private import refuse_secrets
 from efficient_lm.spec import Count, Fraction, Listing, Natural, OneOf, Positive, Real, Spec, load_plugins
+from efficient_lm.training.averaging import AverageSpec
+from efficient_lm.training.harm import RollbackSpec
 from efficient_lm.training.optimizers import OptimizerSpec
 from efficient_lm.training.parallelism import ParallelismSpec
+from efficient_lm.training.parameterization import ParameterizationSpec, StandardSpec
+from efficient_lm.training.portions import Portions, SizeSchedule
 from efficient_lm.training.precision import PrecisionSpec
+from efficient_lm.training.probes import ProbesSpec
+from efficient_lm.training.profile import StepSpan, span_of
 from efficient_lm.training.reporting import write_atomically
+from efficient_lm.training.retention import Retention
 from efficient_lm.training.schedules import ScheduleSpec
+from efficient_lm.training.spikes import SpikeSpec
 from efficient_lm.training.trackers import TrackerSpec
+from efficient_lm.untrusted import to_yaml
 from efficient_lm.validation import validate
 
 load_plugins()
@@ -60,43 +70,74 @@ class TrainSpec(Spec):
     Attributes:
         steps: optimizer steps.
         batch_size: sequences per optimizer step, over all devices.
+        batch_schedule: sizes of the batch before `batch_size`: stages, each until a step, or a growth; None: none.
         sequence_length: tokens per sequence; None takes the length of the data's rows, or 256 where the data has none.
+        sequence_schedule: lengths before `sequence_length`, likewise; rows are cut into pieces of that length.
         accumulate: micro-batches that a batch is cut into, one after the other.
         clip_norm: bound of the gradient's global norm; None does not clip.
         only: regular expressions of dotted parameter paths; parameters that none is found in are frozen. Empty: none.
         freeze: the same of parameters that are frozen.
         frozen_experts: experts that are frozen in every layer, with their rows of the routers.
         max_nonfinite: steps in a row whose loss or gradient is no number before the run stops.
+        rollback: when the run returns to the last good checkpoint and goes on with later batches.
+        spike: which steps stand out, and what is done about them.
         log_every, checkpoint_every: steps between.
         evaluate_every: steps between; None evaluates at the end alone.
         evaluate_rows: of the validation data, while training; None takes all. At the end it is always all.
         keep_checkpoints: newest ones kept.
+        keep_every: steps; checkpoints at its multiples are kept too. None keeps none for that.
+        keep_best: so many of those with the lowest validation loss are kept too, where a save follows an evaluation.
         minutes: of wall time after which this session saves and stops; None has no limit.
+        stop_at: step after which this session saves and stops, though the schedule is that of `steps`.
+        start_timeout: seconds within which all of many processes have to come.
+        peer_timeout: seconds without a sign of life after which another process counts as gone.
+        step_timeout: seconds without progress (a step, a batch of an evaluation) after which many processes are stuck.
         stop_at_accuracy: validation accuracy that ends the run, for data with answers; None runs to the end.
         diagnostics: whether each evaluation also measures recurrent states, decay and entropy of attention, by layer
             (see `evaluation.diagnostics`).
+        probes: sizes of gradients, parameters, updates and activations by layer; None measures none.
+        profile: steps of which a trace is written, ``start:stop`` without the last; None traces none.
+        average: a moving average of the parameters that is kept beside them; None keeps none.
         kernels: form of each operator whose block names none: "pallas" takes kernels wherever they honour
             the call, "xla" plain JAX, "auto" what was measured to be fastest (see `kernels_pallas.dispatch`).
     """
 
     steps: Count
     batch_size: Count = 32
+    batch_schedule: SizeSchedule | None = None
     sequence_length: Count | None = None
+    sequence_schedule: SizeSchedule | None = None
     accumulate: Count = 1
     clip_norm: Positive | None = 1.0
     only: Listing[Name] = ()
     freeze: Listing[Name] = ()
     frozen_experts: Listing[Natural] = ()
     max_nonfinite: Count = 20
+    rollback: RollbackSpec = RollbackSpec()
+    spike: SpikeSpec = SpikeSpec()
     log_every: Count = 10
     evaluate_every: Count | None = None
     evaluate_rows: Count | None = None
     checkpoint_every: Count = 200
     keep_checkpoints: Count = 3
+    keep_every: Count | None = None
+    keep_best: Natural = 0
     minutes: Positive | None = None
+    stop_at: Count | None = None
     stop_at_accuracy: Annotated[Fraction, Field(gt=0)] | None = None
+    start_timeout: Positive = 300.0
+    peer_timeout: Positive = 60.0
+    step_timeout: Positive = 1800.0
     diagnostics: bool = False
+    probes: ProbesSpec | None = None
+    profile: StepSpan | None = None
+    average: AverageSpec | None = None
     kernels: Literal["auto", "pallas", "xla"] = "auto"
+
+    @property
+    def retention(self) -> Retention:
+        """Which checkpoints are kept."""
+        return Retention(self.keep_checkpoints, self.keep_every, self.keep_best)
 
     @model_validator(mode="after")
     def _divides(self) -> "TrainSpec":
@@ -107,6 +148,18 @@ class TrainSpec(Spec):
                 f"train.accumulate: {self.accumulate} micro-batches do not divide train.batch_size={self.batch_size}; "
                 f"nearest that do: {', '.join(map(str, sorted(near)))}"
             )
+        if self.profile is not None and span_of(self.profile).stop > self.steps + 1:
+            near = f"{min(span_of(self.profile).start, self.steps)}:{self.steps + 1}"
+            raise ConfigError(f"train.profile: '{self.profile}' goes beyond train.steps={self.steps}; nearest: {near}")
+        if self.rollback.at_most and self.rollback.after > self.max_nonfinite:
+            raise ConfigError(
+                f"train.rollback.after: {self.rollback.after} steps are never reached, for the run stops after "
+                f"train.max_nonfinite={self.max_nonfinite}; valid: at most that"
+            )
+        if self.spike.action == "rollback" and not self.rollback.at_most:
+            raise ConfigError(
+                "train.spike.action: rollback needs train.rollback.at_most, which is 0; say how often, or take skip"
+            )
         return self
 
 
@@ -114,8 +167,10 @@ class RunConfig(Spec):
     """A training run, whole. What `config.yaml` in a run directory holds.
 
     Attributes:
+        parameterization: how starts, learning rates and constant factors follow from the model's width.
         nesting: how the models inside an elastic one (`model.elastic`) are trained.
         init_from: what the parameters begin with: a published model, a run directory or a checkpoint; None draws them.
+        init_state: what is taken of it: ``parameters``, or ``all`` that a run had (optimizer, step, place in the data).
     """
 
     model: ModelSpec
@@ -125,23 +180,27 @@ class RunConfig(Spec):
     tokenizer: OneOf[TokenizerSpec]
     optimizer: OneOf[OptimizerSpec]
     schedule: OneOf[ScheduleSpec]
+    parameterization: OneOf[ParameterizationSpec] = StandardSpec()
     precision: PrecisionSpec = PrecisionSpec()
     parallelism: ParallelismSpec = ParallelismSpec()
     tracker: OneOf[TrackerSpec]
     init_from: Name | None = None
+    init_state: Literal["parameters", "all"] = "parameters"
     run: RunSpec
     train: TrainSpec
 
     @model_validator(mode="after")
     def _fits(self) -> "RunConfig":
         self.schedule.spans(self.train.steps)
+        if self.init_state == "all" and self.init_from is None:
+            raise ConfigError("init_state: all that a run had is taken, but init_from names no run")
         if self.train.stop_at_accuracy is not None and self.data.reads_text:
             raise ConfigError("train.stop_at_accuracy: text has no answers to count; choose a synthetic task, or null")
         if self.train.stop_at_accuracy is not None and self.train.evaluate_every is None:
             raise ConfigError("train.stop_at_accuracy: nothing looks at the accuracy; set train.evaluate_every")
         if self.objective.causal:
             self.model.check_causal(f"objective '{self.objective.kind}' predicts")
-        return self._with_elastic_axis()._with_sequence_length()
+        return self._with_elastic_axis()._with_sequence_length()._with_portions()
 
     def _with_elastic_axis(self) -> "RunConfig":
         """With MatFormer's granularities, where models inside are to be trained and nobody says which."""
@@ -158,6 +217,25 @@ class RunConfig(Spec):
         train = self.train.model_copy(update={"sequence_length": given or rows or SEQUENCE_LENGTH})
         return self if given is not None else self.model_copy(update={"train": train})
 
+    def _with_portions(self) -> "RunConfig":
+        """The same. Raises `ConfigError` where the sizes of a schedule do not fit the run."""
+        if self.train.sequence_schedule and self.data.row_length is not None:
+            raise ConfigError("train.sequence_schedule: rows of a task are not cut: leave it out, or train on text")
+        Portions(self.train)
+        return self
+
+
+class PlanConfig(Spec):
+    """What `plan` takes besides a run's config.
+
+    Attributes:
+        devices: so many virtual CPU devices in place of the machine's; None takes the machine's.
+        shardings: whether to list where every parameter lives; None does where there are several devices.
+    """
+
+    devices: Count | None = None
+    shardings: bool | None = None
+
 
 Parts = Real | Annotated[Listing[Real], Field(min_length=1)] | dict[str, Real]
 """A part of an axis of a model: one, one for each layer that has it, or by block."""
@@ -173,8 +251,10 @@ class Skipping(Spec):
         skipping: which layers each token runs; None runs all.
         submodel: the smaller model inside that is used: a part of every axis the model is trained to be smaller along,
             or parts by axis; None uses the whole.
+        averaged: whether a run's moving average of the parameters is used (`train.average`).
     """
 
+    averaged: bool = False
     skipping: OneOf[SkippingSpec] | None = None
     submodel: Inside | None = None
 
@@ -295,11 +375,28 @@ class ConvertConfig(Spec):
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
 
 
+class VerifyConfig(Spec):
+    """A verification.
+
+    Attributes:
+        run: a run directory to audit; None audits none.
+        steps: N of the proof that N steps and N more are the same as 2 N; None proves nothing.
+    """
+
+    run: Name | None = None
+    steps: Count | None = None
+
+
 def load_run_config(
     overrides: Sequence[str] = (), config_dirs: Iterable[str | Path] = (), verb: str = "train"
 ) -> RunConfig:
     """Compose and check the config of a training run. Raises `ConfigError`."""
-    return validate(RunConfig, compose(verb, overrides, config_dirs).values)
+    values = compose(verb, overrides, config_dirs).values
+    refuse_secrets(values)
+    config = validate(RunConfig, values)
+    if config.run.name in (".", "..") or any(mark in config.run.name for mark in ("/", "\\", "\0", "\n")):
+        raise ConfigError(f"run.name: '{config.run.name[:60]}' is no name: without / and \\; run.dir says which folder")
+    return config
 
 
 def save_config(path: str | Path, config: Spec) -> None:

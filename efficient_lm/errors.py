@@ -2,6 +2,7 @@
 
 import difflib
 import errno
+import os
 from collections.abc import Iterable, Iterator
 
 
@@ -36,7 +37,7 @@ class DivergedError(UserError):
 
 
 class ResourceError(UserError):
-    """Not enough disk or memory."""
+    """Not enough disk or memory, or a disk that cannot be written to."""
 
     status = 6
 
@@ -59,7 +60,23 @@ def causes(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
-def is_disk_full(error: BaseException) -> bool:
-    """Whether an exception, or one it came from, says that no space or quota is left."""
-    full = (errno.ENOSPC, errno.EDQUOT)
-    return any(getattr(cause, "errno", None) in full or "No space left" in str(cause) for cause in causes(error))
+_STORAGE = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "a limit on the size of files is reached",
+    errno.EROFS: "the file system is read-only",
+    errno.EACCES: "permission denied",
+    errno.EPERM: "not permitted",
+    errno.EIO: "the disk failed (input/output error)",
+    errno.ESTALE: "the file server lost it (stale file handle)",
+}
+
+
+def storage_fault(error: BaseException) -> str | None:
+    """What a disk refused, if an exception or one it came from says so: ``the disk is full``, ``permission denied``."""
+    for cause in causes(error):
+        text = str(cause)
+        for code, fault in _STORAGE.items():
+            if getattr(cause, "errno", None) == code or os.strerror(code) in text:
+                return fault
+    return None

@@ -20,6 +20,7 @@ from efficient_lm.models.language_model import ModelSpec
 from efficient_lm.models.parameters import Parameters
 from efficient_lm.spec import OneOf, Spec
 from efficient_lm.training.checkpoints import Checkpoints, load_parameters
+from efficient_lm.training.parameterization import StandardSpec
 from efficient_lm.training.run_directory import locate
 from efficient_lm.upcycling.base import ExpertsSpec, UpcyclingSpec
 from efficient_lm.upcycling.conversion import upcycled, upcycled_spec
@@ -201,6 +202,8 @@ def rows_of(
 
 def _with(model: Model, spec: ModelSpec, params: Parameters) -> Model:
     """A model of another architecture with the same tokenizer; its config is one of a run that has not begun."""
-    changes = {"model": spec, "init_from": None, "nesting": NoNestingSpec()}
+    changes = {
+        "model": spec, "init_from": None, "nesting": NoNestingSpec(), "parameterization": StandardSpec(),
+    }  # fmt: skip
     config: RunConfig = model.config.model_copy(update=changes)
     return Model(config, params, model.tokenizer, origin=model.origin)

@@ -36,9 +36,9 @@ def parse(text: str) -> Override:
 
 def _syntax_fault(text: str) -> str:
     if "=" not in text and not text.startswith("~"):
-        return f"{text}: not an override: write key=value"
+        return f"{text}: not an override: write key=value, such as train.steps=100"
     return (
-        f"{text}: not a valid override: write key=value, key=[a,b] or key={{a: 1}}; "
+        f"{text}: not a valid override: write key=value, as train.steps=100, key=[a,b] or key={{a: 1}}; "
         "quote special characters: key=\"'...'\""
     )
 

@@ -120,6 +120,16 @@ def _described(kind: type[Choice], handler: Any) -> dict[str, Any]:
         _describing.discard(kind)
 
 
+def merged(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """`changes` over `values`; a mapping that names its `kind` replaces the one that is there."""
+    inner = {
+        name: merged(values[name], change)
+        for name, change in changes.items()
+        if isinstance(change, Mapping) and "kind" not in change and isinstance(values.get(name), Mapping)
+    }
+    return {**values, **changes, **inner}
+
+
 class OneOf:
     """``OneOf[MixerSpec]``: any registered kind of that role."""
 

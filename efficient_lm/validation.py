@@ -111,6 +111,8 @@ def _deeper(other: Path, place: Path) -> bool:
 
 def _line(key: str, spec: type[Spec], values: Any, place: Path, faults: list[dict[str, Any]]) -> str:
     kinds = {fault["type"] for fault in faults}
+    if "extra_forbidden" in kinds and place[-1] == "_target_":
+        return f"{key}: a Python path, which is never followed; {nearest('kind', _keys(spec, values, place[:-1]))}"
     if "extra_forbidden" in kinds:
         return f"{key}: unknown key; {nearest(place[-1], _keys(spec, values, place[:-1]))}"
     if "missing" in kinds:

@@ -18,6 +18,15 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of a test that is ``quick_for`` some of its cases, the others are slow."""
+    for item in items:
+        quick = item.get_closest_marker("quick_for")
+        if quick is not None and item.callspec.id not in quick.args:
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture
 def optimized() -> Iterator[None]:
     """Programs are compiled as a user's are: their sums are rounded less often."""

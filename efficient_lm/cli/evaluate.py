@@ -27,6 +27,7 @@ Main keys
   fewshot=           worked examples before each question
   submodel=          0.5: the smaller model inside with such a part of what it is trained to be smaller along;
                      submodel.ffn=0.5: of this
+  averaged=true      the moving average that the run kept of its parameters (train.average)
   skipping=          which layers a token runs: uniform, confidence, ...; what it computed is among the figures
   diagnostics=true   recurrent states, decay and the entropy of attention by layer, on a few rows of data
   selection=         of depth rules that choose tokens of a row: top_k, causal as when decoding, or both
@@ -62,7 +63,7 @@ def run(overrides: Sequence[str], options: Options) -> None:
     from efficient_lm.api import load
     from efficient_lm.training.reporting import write_json_atomically
 
-    model = load(config.checkpoint, config.submodel).skip(config.skipping)
+    model = load(config.checkpoint, config.submodel, config.averaged).skip(config.skipping)
     if changes:
         config = config.model_copy(update={"data": model.config.data.changed(changes)})
     results = evaluate(model, config)

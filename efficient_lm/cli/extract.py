@@ -11,6 +11,7 @@ HELP = """
 Main keys
   checkpoint=        a run directory, runs/NAME/checkpoints/STEP, a Hugging Face folder, a GGUF file
   output=            the run directory to make; it must not hold anything yet
+  averaged=true      of the moving average that the run kept of its parameters (train.average)
   ffn= heads= state= rank=   0.5: such a part of hidden units, heads, recurrent state, bottlenecks;
                      [1,0.5,...]: one for each layer; ffn.BLOCK=0.5: in the layers of a block
   width=             such a part of the residual stream
@@ -58,7 +59,7 @@ def run(overrides: Sequence[str], options: Options) -> None:
     from efficient_lm.search import search, within
 
     check_free(Path(config.output))
-    model = made = load(config.checkpoint)
+    model = made = load(config.checkpoint, averaged=config.averaged)
     measured = {"text": config.text, "sequence_length": config.sequence_length, "rows": config.limit}
     chosen = {"elastic": config.elastic, "order": config.order}
     if config.search is not None:

@@ -27,6 +27,7 @@ Main keys
   stop_at_end=       whether the end-of-text token ends a text
   submodel=          0.5: the smaller model inside with such a part of what it is trained to be smaller along;
                      submodel.ffn=0.5: of this
+  averaged=true      the moving average that the run kept of its parameters (train.average)
   skipping=          which layers a token runs: uniform, confidence, ...; what that saved is said at the end
   draft=             0.25: such a smaller model inside drafts tokens, which the whole verifies: the same text, sooner;
                      [0.125,0.5]: several sizes; draft.layers=0.5: of this axis; what was accepted is said at the end
@@ -54,7 +55,7 @@ def run(overrides: Sequence[str], flags: Options) -> None:
     from efficient_lm.api import load
     from efficient_lm.inference.sampling import SamplingSpec
 
-    model = load(config.checkpoint, config.submodel).skip(config.skipping)
+    model = load(config.checkpoint, config.submodel, config.averaged).skip(config.skipping)
     if config.draft is not None:
         model = model.speculate(config.draft, config.draft_tokens, config.draft_confidence)
     sampling = SamplingSpec(**{name: getattr(config, name) for name in SamplingSpec.model_fields})

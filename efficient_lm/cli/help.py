@@ -4,7 +4,20 @@ import importlib
 from collections.abc import Sequence
 from types import ModuleType
 
-VERBS = ("train", "evaluate", "generate", "plan", "convert", "upcycle", "merge", "extract", "benchmark", "schema")
+VERBS = (
+    "train",
+    "evaluate",
+    "generate",
+    "plan",
+    "convert",
+    "upcycle",
+    "merge",
+    "extract",
+    "verify",
+    "coordinate_check",
+    "benchmark",
+    "schema",
+)
 
 OPTIONS = """\
 Options
@@ -16,7 +29,7 @@ Options
 
 def overview() -> str:
     """All verbs, a line each."""
-    lines = [f"  {verb:<9} {importlib.import_module(f'efficient_lm.cli.{verb}').SUMMARY}" for verb in VERBS]
+    lines = [f"  {verb:<16} {importlib.import_module(f'efficient_lm.cli.{verb}').SUMMARY}" for verb in VERBS]
     return "\n".join(
         [
             "Trains efficient language models, straight from a config.",

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from types import ModuleType
 
 from efficient_lm.cli.help import VERBS, overview, verb_help
-from efficient_lm.errors import ConfigError, ResourceError, UserError, causes, is_disk_full, nearest
+from efficient_lm.errors import ConfigError, ResourceError, UserError, causes, nearest, storage_fault
 from efficient_lm.runtime import configure_logging, keep_compiled_programs
+from efficient_lm.training.group import refuse_many
 
 INTERRUPTED = 130
 
@@ -78,6 +79,8 @@ def _run(arguments: list[str]) -> int:
     else:
         keep_compiled_programs()
         configure_logging()
+        if verb != "train":
+            refuse_many(verb)
         return module.run(options.overrides, Options(tuple(options.config_dir))) or 0
     return 0
 
@@ -101,11 +104,12 @@ def _print_config(verb: str, module: ModuleType, options: argparse.Namespace) ->
 
 
 def _resources(error: Exception) -> ResourceError | None:
-    """A full disk or full memory, wherever it showed up."""
-    if is_disk_full(error):
-        files = [cause.filename for cause in causes(error) if getattr(cause, "filename", None)]
+    """A disk that refused, or full memory, wherever it showed up."""
+    fault = storage_fault(error)
+    if fault is not None:
+        files = [str(cause.filename) for cause in causes(error) if getattr(cause, "filename", None)]
         where = f" ({files[0]})" if files else ""
-        return ResourceError(f"the disk is full{where}; free some space and run the same command again")
+        return ResourceError(f"{fault}{where}; mend that and run the same command again")
     if any(isinstance(cause, MemoryError) or "RESOURCE_EXHAUSTED" in str(cause) for cause in causes(error)):
         return ResourceError(
             "out of memory: try a smaller train.batch_size, a larger train.accumulate, model.remat=full, "

@@ -13,7 +13,16 @@ Main keys
   run.name= run.dir= run.seed=       which run, where, and its random seed
   train.steps= train.batch_size= train.sequence_length= train.accumulate=
   train.log_every= train.evaluate_every= train.checkpoint_every= train.keep_checkpoints=
-  optimizer.learning_rate= schedule.warmup=
+  train.keep_every= train.keep_best=   more checkpoints to keep
+  train.spike.action= train.rollback.at_most=   what stands out: warn, skip, rollback; how often to go back
+  train.batch_schedule= train.sequence_schedule=     sizes before the last: {start: 8, until: 0.2} doubles
+  init_from= init_state=all          begins with a model; all: goes on from a run's whole state, under another name
+  train.stop_at=     saves and stops after this step, of train.steps; the same command goes on
+  train.probes.every=100   train.profile=10:15   tracker=tensorboard | wandb | tensorboard_wandb
+  parameterization=mup parameterization.base_width=  a learning rate tuned at that width holds at every width
+  optimizer= optimizer.learning_rate= schedule.warmup=    adamw, muon, lion, adafactor, sgd, soap, sophia, ...
+  optimizer.state=   float32, bfloat16 or int8: precision of moments; optimizer.groups= treats parameters by role
+  train.average.decay=0.999   a moving average of the parameters, for averaged=true of other verbs
   nesting=           sample, joint, sandwich, mixed: smaller models inside are trained too; none: the whole alone
   model.elastic.ffn= model.elastic.heads= ...   their parts, [0.25,0.5,1]
   model.width= model.repeats= model.layout=[...] model.blocks.NAME.mixer.heads=
@@ -33,21 +42,25 @@ SAMPLE_PROMPT = "My fellow citizens"
 def run(overrides: Sequence[str], options: Options) -> int:
     """Train from the config that `overrides` compose. Returns 128 + the signal's number if one ended the run early."""
     from efficient_lm.config import load_run_config
+    from efficient_lm.training.group import group
     from efficient_lm.training.loop import train
 
-    config = load_run_config(overrides, options.config_dirs)
+    config, processes = load_run_config(overrides, options.config_dirs), group()
     summary = train(config)
-    print(_outcome(summary))
+    if processes is None or processes.index == 0:
+        print(_outcome(summary))
+        print(_rest(summary, config.data.reads_text, sampled=processes is None))
     stopped_by = summary.get("stopped_by")
-    if stopped_by is None:
-        if "sizes" in summary:
-            print(sizes(summary))
-        if config.data.reads_text:
-            print(_sample(summary["run"]))
-        print(_next_commands(summary["run"], config.data.reads_text))
-        return 0
-    print(f"stopped by {stopped_by}; the same command goes on from step {summary['step']}")
     return 128 + signal.Signals[stopped_by] if stopped_by in signal.Signals.__members__ else 0
+
+
+def _rest(summary: dict[str, Any], reads_text: bool, sampled: bool) -> str:
+    """How to go on; of a run that is complete also its sizes, and a text if one process has the whole model."""
+    if "stopped_by" in summary:
+        return f"stopped by {summary['stopped_by']}; the same command goes on from step {summary['step']}"
+    parts = [sizes(summary)] if "sizes" in summary else []
+    parts += [_sample(summary["run"])] if reads_text and sampled else []
+    return "\n".join([*parts, _next_commands(summary["run"], reads_text)])
 
 
 def _outcome(summary: dict[str, Any]) -> str:

@@ -1,8 +1,8 @@
 """The contract of training data: what a run is told of it, and batches whose order is a pure function of (seed, step).
 
-Row ``step * batch_size + b`` of an endless sequence is row b of the batch of that step, whatever the number of
-processes and threads. Grain maps, prefetches and keeps the position; it is imported only when batches are asked for,
-because that takes seconds.
+A batch has the rows of an endless sequence that follow those of the steps before it, whatever the number of processes
+and threads (see `efficient_lm.data.batch_sizes`). Grain maps, prefetches and keeps the position; it is imported only
+when batches are asked for, because that takes seconds.
 """
 
 from abc import ABC, abstractmethod
@@ -11,10 +11,11 @@ from typing import Annotated, Any, ClassVar, Protocol
 
 from pydantic import BeforeValidator
 
+from efficient_lm.data.batch_sizes import BatchSizes
 from efficient_lm.data.packing import Batch
 from efficient_lm.data.tokenizers import Tokenizer
 from efficient_lm.errors import ConfigError
-from efficient_lm.spec import Choice, OneOf
+from efficient_lm.spec import Choice, OneOf, merged
 from efficient_lm.validation import validate
 
 ENDLESS = 1 << 60
@@ -53,18 +54,19 @@ class Data(ABC):
 
     @abstractmethod
     def train_batches(
-        self, batch_size: int, start_step: int = 0, process_index: int = 0, process_count: int = 1
+        self, batch_size: int | BatchSizes, start_step: int = 0, process_index: int = 0, process_count: int = 1
     ) -> BatchIterator:
         """Endless batches of rows (see `efficient_lm.data.packing.pack` for the arrays), from `start_step` on.
 
         Args:
-            batch_size: rows of the whole batch; this process gets its contiguous ``batch_size / process_count``.
+            batch_size: rows of the whole batch, the same in every step or not; this process gets its contiguous
+                ``batch_size / process_count``.
             start_step: step of the first batch.
             process_index: which part of each batch.
             process_count: how many parts.
 
         Raises:
-            ConfigError: processes that do not divide the batch.
+            ConfigError: processes that do not divide a batch.
         """
 
     @abstractmethod
@@ -110,7 +112,7 @@ class DataSpec(Choice, role="data"):
 
     def changed(self, changes: Mapping[str, Any]) -> "DataSpec":
         """This data with some of its values set anew, key by key. Raises `ConfigError`."""
-        return validate(type(self), _merged(self.dump(), changes), "data")
+        return validate(type(self), merged(self.dump(), changes), "data")
 
     @abstractmethod
     def open(self, tokenizer: Tokenizer, sequence_length: int, seed: int) -> Data:
@@ -120,16 +122,6 @@ class DataSpec(Choice, role="data"):
             ConfigError: a tokenizer or a length that does not fit.
             DataError: something that cannot be read.
         """
-
-
-def _merged(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """`changes` over `values`; a mapping that names its `kind` replaces the one that is there."""
-    inner = {
-        name: _merged(values[name], change)
-        for name, change in changes.items()
-        if isinstance(change, Mapping) and "kind" not in change and isinstance(values.get(name), Mapping)
-    }
-    return {**values, **changes, **inner}
 
 
 def _text_by_default(value: Any) -> Any:
@@ -146,6 +138,11 @@ def iterate(batch: Callable[[int], Batch], steps: int, threads: int) -> Any:
 
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
     return iter(grain.MapDataset.range(steps).map(batch).to_iter_dataset(options))
+
+
+def shares(sizes: BatchSizes, process_index: int, process_count: int) -> dict[int, range]:
+    """`share` of a batch of each size."""
+    return {size: share(size, process_index, process_count) for size in sizes.distinct}
 
 
 def share(batch_size: int, process_index: int, process_count: int) -> range:

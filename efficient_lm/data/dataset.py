@@ -5,7 +5,8 @@ from typing import Literal
 
 import numpy as np
 
-from efficient_lm.data.base import ENDLESS, BatchIterator, Data, DataSpec, iterate, share
+from efficient_lm.data.base import ENDLESS, BatchIterator, Data, DataSpec, iterate, share, shares
+from efficient_lm.data.batch_sizes import BatchSizes
 from efficient_lm.data.packing import PACKINGS, Batch, Packing, SplitPacking, pack
 from efficient_lm.data.sources import SourceSpec
 from efficient_lm.data.store import TokenStore, open_store
@@ -90,12 +91,14 @@ class TextData(Data):
         return self._packing.rows
 
     def train_batches(
-        self, batch_size: int, start_step: int = 0, process_index: int = 0, process_count: int = 1
+        self, batch_size: int | BatchSizes, start_step: int = 0, process_index: int = 0, process_count: int = 1
     ) -> BatchIterator:
-        part = share(batch_size, process_index, process_count)
+        sizes = BatchSizes.of(batch_size)
+        parts = shares(sizes, process_index, process_count)
 
         def batch(step: int) -> Batch:
-            places = (divmod(step * batch_size + index, self._packing.rows) for index in part)
+            first, part = sizes.first(step), parts[sizes.rows(step)]
+            places = (divmod(first + index, self._packing.rows) for index in part)
             rows = [self._packing.fragments(epoch, row) for epoch, row in places]
             return pack(self._train.store, rows, self._length)
 

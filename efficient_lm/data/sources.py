@@ -145,6 +145,9 @@ def _check_column(schema: Any, path: Path, text_field: str) -> None:
         raise DataError(f"'{path}': field '{text_field}' is {kind}, expected text")
 
 
+READ_BYTES = 1 << 17
+PLAUSIBLE_BYTES, PLAUSIBLE_RATIO = 1 << 26, 256
+"""A compressed file may hold so much in any case, and beyond that so many times its own size."""
 Reader = Callable[[Path, str, str], Iterator[str]]
 COMPRESSIONS = ("", ".gz", ".xz", ".zst")
 FORMATS: dict[str, tuple[Reader, str]] = {
@@ -169,6 +172,8 @@ def _matches(path: str) -> list[Path]:
     expanded = Path(path).expanduser()
     if expanded.is_dir():
         raise DataError(f"'{path}' is a folder: name files in it, such as '{path.rstrip(os.sep)}/*.txt'")
+    if expanded.exists() and not expanded.is_file():
+        raise DataError(f"'{path}' is not a regular file")
     if expanded.exists():
         return [expanded]
     if glob.has_magic(path):
@@ -187,15 +192,42 @@ def _neighbours(path: Path) -> str:
 
 
 def _open(path: Path, compression: str) -> BinaryIO:
+    if compression == "":
+        return open(path, "rb")
     if compression == ".gz":
-        return gzip.open(path, "rb")
-    if compression == ".xz":
-        return lzma.open(path, "rb")
-    if compression == ".zst":
+        opened: Any = gzip.open(path, "rb")
+    elif compression == ".xz":
+        opened = lzma.open(path, "rb")
+    else:
         import pyarrow
 
-        return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))
-    return open(path, "rb")
+        opened = pyarrow.input_stream(str(path), compression="zstd")
+    return io.BufferedReader(_Bounded(opened, path), READ_BYTES)
+
+
+class _Bounded(io.RawIOBase):
+    """What a compressed file holds, up to where no text would be so much longer than its compressed form."""
+
+    def __init__(self, opened: Any, path: Path):
+        self._opened, self._path = opened, path
+        self._left = max(PLAUSIBLE_BYTES, PLAUSIBLE_RATIO * path.stat().st_size)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        content = self._opened.read(len(buffer))
+        self._left -= len(content)
+        if self._left < 0:
+            raise DataError(
+                f"'{self._path}' expands to over {PLAUSIBLE_RATIO} times its size, which no text does; it is not read"
+            )
+        buffer[: len(content)] = content
+        return len(content)
+
+    def close(self) -> None:
+        self._opened.close()
+        super().close()
 
 
 @contextmanager

@@ -23,6 +23,7 @@ import numpy as np
 
 from efficient_lm.data.sources import SourceSpec
 from efficient_lm.data.tokenizers import Tokenizer
+from efficient_lm.errors import DataError
 
 FORMAT = 1
 BATCH_CHARACTERS = 1 << 20
@@ -30,12 +31,43 @@ SPOOL_BYTES = 1 << 26
 _log = logging.getLogger(__name__)
 
 
+class TokenFile:
+    """Tokens in a file, read as they are asked for.
+
+    It stays readable when it is deleted meanwhile. One that becomes shorter is a fault in a batch, and not the end of
+    the process, which it is where a file is mapped into memory.
+    """
+
+    def __init__(self, path: Path, dtype: np.dtype):
+        self.path, self.dtype = path, dtype
+        self._file = open(path, "rb")
+        self._length = os.fstat(self._file.fileno()).st_size // dtype.itemsize
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        """Tokens of a slice of step 1. Raises `DataError`."""
+        start, stop, _ = part.indices(self._length)
+        size = max(stop - start, 0) * self.dtype.itemsize
+        try:
+            content = os.pread(self._file.fileno(), size, start * self.dtype.itemsize)
+        except OSError as error:
+            raise DataError(f"'{self.path}' cannot be read: {error.strerror}") from error
+        if len(content) != size:
+            raise DataError(
+                f"'{self.path}' became shorter than its {self._length:,} tokens while it was read; delete its folder, "
+                "and it is made again"
+            )
+        return np.frombuffer(content, self.dtype)
+
+
 @dataclass(frozen=True)
 class TokenStore:
     """Documents as tokens, one after the other.
 
     Attributes:
-        tokens: uint16 or uint32 [tokens].
+        tokens: uint16 or uint32 [tokens]; of slices alone where they lie in a file.
         offsets: int64 [documents + 1]; document d is ``tokens[offsets[d]:offsets[d + 1]]``, never empty.
         document_bytes: int64 [documents], the length of each document in UTF-8.
         end_of_text: the id between documents.
@@ -43,7 +75,7 @@ class TokenStore:
         byte_lengths: int32 [vocab_size], the bytes of each token, or None unless these add up to `document_bytes`.
     """
 
-    tokens: np.ndarray
+    tokens: "np.ndarray | TokenFile"
     offsets: np.ndarray
     document_bytes: np.ndarray
     end_of_text: int
@@ -190,8 +222,10 @@ def _load(folder: Path, tokenizer: Tokenizer) -> TokenStore | None:
     """The cache entry; None when there is none or it is torn."""
     try:
         entry: dict[str, Any] = json.loads((folder / "entry.json").read_text())
-        offsets, document_bytes = np.load(folder / "offsets.npy"), np.load(folder / "document_bytes.npy")
-        tokens = np.asarray(np.memmap(folder / "tokens.bin", entry["dtype"], "r"))
+        offsets, document_bytes = (
+            np.load(folder / f"{name}.npy", allow_pickle=False) for name in ("offsets", "document_bytes")
+        )
+        tokens = TokenFile(folder / "tokens.bin", np.dtype(entry["dtype"]))
         whole = len(tokens) == entry["tokens"] == offsets[-1] and len(document_bytes) == entry["documents"]
         whole = whole and len(offsets) == len(document_bytes) + 1
     except (OSError, ValueError, KeyError, TypeError, IndexError, EOFError):

@@ -18,6 +18,7 @@ from efficient_lm.data.corpora import CORPORA
 from efficient_lm.data.token_streams import ByteStream, WindowStream
 from efficient_lm.errors import DataError, nearest
 from efficient_lm.spec import Choice
+from efficient_lm.untrusted import TOKENIZER_BYTES, inside, parse_json, read_bytes
 
 TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
@@ -36,6 +37,8 @@ COMPANIONS = (
 """Files beside a `tokenizer.json` that other programs read; they travel along."""
 
 END_OF_TEXT_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]", "<｜end▁of▁sentence｜>")
+MOST_TOKENS = 1 << 22
+"""Ids of a vocabulary at most; a single one in a `tokenizer.json` could claim billions."""
 PIECE_CHARACTERS = 1 << 12
 GROUP_CHARACTERS = 1 << 20
 _BETWEEN_WORDS = re.compile(r"(?<=[^\W\d_]) (?=[^\W\d_])")
@@ -167,7 +170,7 @@ class HuggingFaceTokenizer(Tokenizer):
         self._source = files[TOKENIZER_FILE]
         self._companions = {name: content for name, content in files.items() if name != TOKENIZER_FILE}
         try:
-            description = json.loads(self._source)
+            description = parse_json(self._source)
             self._tokenizer = tokenizers.Tokenizer.from_str(self._source.decode())
         except Exception as error:  # the library raises bare Exception
             raise DataError(f"'{path}' is not a valid tokenizer.json: {_line(error)}") from error
@@ -175,7 +178,9 @@ class HuggingFaceTokenizer(Tokenizer):
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
-        self.vocab_size = max(vocabulary.values()) + 1
+        self.vocab_size = max(vocabulary.values(), default=-1) + 1
+        if not 0 < self.vocab_size <= MOST_TOKENS:
+            raise DataError(f"'{path}': a vocabulary of {self.vocab_size:,} ids; 1 to {MOST_TOKENS:,} are read")
         config = _json(self._companions.get(CONFIG_FILE, b"{}"), path.parent / CONFIG_FILE)
         self.end_of_text_name = end_of_text or _guess_end_of_text(path, config, vocabulary)
         if self.end_of_text_name not in vocabulary:
@@ -195,8 +200,13 @@ class HuggingFaceTokenizer(Tokenizer):
     @classmethod
     def read(cls, path: Path, end_of_text: str | None = None) -> "HuggingFaceTokenizer":
         """The tokenizer of a file, with what lies beside it. Raises `DataError`."""
-        beside = {name: _read(path.parent / name) for name in COMPANIONS if (path.parent / name).is_file()}
+        beside = {name: _beside(path.parent, name) for name in COMPANIONS if (path.parent / name).is_file()}
         return cls({TOKENIZER_FILE: _read(path), **beside}, path, end_of_text)
+
+    @classmethod
+    def read_folder(cls, folder: Path, end_of_text: str | None = None) -> "HuggingFaceTokenizer":
+        """The tokenizer of a folder; a `tokenizer.json` that is a link out of it is refused. Raises `DataError`."""
+        return cls.read(inside(folder, TOKENIZER_FILE, DataError), end_of_text)
 
     def _first_token(self, config: dict[str, Any], vocabulary: dict[str, int]) -> int:
         """What the tokenizer puts before every text, or else `end_of_text`."""
@@ -340,7 +350,8 @@ class FileSpec(TokenizerSpec):
 
     def build(self) -> Tokenizer:
         path = Path(self.path).expanduser()
-        return HuggingFaceTokenizer.read(path / TOKENIZER_FILE if path.is_dir() else path, self.end_of_text)
+        read = HuggingFaceTokenizer.read_folder if path.is_dir() else HuggingFaceTokenizer.read
+        return read(path, self.end_of_text)
 
 
 class AbsentSpec(TokenizerSpec):
@@ -357,7 +368,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     for name, kind in ((BYTES_FILE, ByteTokenizer), (NONE_FILE, AbsentTokenizer)):
         if (Path(folder) / name).is_file():
             return kind()
-    return HuggingFaceTokenizer.read(Path(folder) / TOKENIZER_FILE)
+    return HuggingFaceTokenizer.read_folder(Path(folder))
 
 
 def utf8(text: str) -> bytes:
@@ -451,9 +462,13 @@ def _guess_end_of_text(path: Path, config: dict[str, Any], vocabulary: dict[str,
     return found[0]
 
 
+def _beside(folder: Path, name: str) -> bytes:
+    return _read(inside(folder, name, DataError))
+
+
 def _read(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        return read_bytes(path, TOKENIZER_BYTES, DataError)
     except FileNotFoundError as error:
         raise DataError(f"no tokenizer file '{path}'") from error
     except OSError as error:
@@ -462,7 +477,7 @@ def _read(path: Path) -> bytes:
 
 def _json(content: bytes, path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(content)
+        value = parse_json(content)
     except ValueError as error:
         raise DataError(f"'{path}' is not valid JSON: {_line(error)}") from error
     if not isinstance(value, dict):

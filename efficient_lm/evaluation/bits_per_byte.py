@@ -18,7 +18,10 @@ Sums = tuple[np.ndarray, ...]
 
 
 def make_scorer(
-    model: LanguageModel, dtype: jax.typing.DTypeLike = jnp.float32, skipping: SkippingSpec | None = None
+    model: LanguageModel,
+    dtype: jax.typing.DTypeLike = jnp.float32,
+    skipping: SkippingSpec | None = None,
+    sharding: jax.sharding.Sharding | None = None,
 ) -> Callable[[Parameters, dict[str, Any]], tuple[jax.Array, ...]]:
     """A jitted ``(params, batch) -> sums``: cross entropy in nats, targets, targets that were the likeliest; and rows
     with a target, rows whose targets all were the likeliest.
@@ -26,6 +29,8 @@ def make_scorer(
     The first three are float32 ``[time]``, by the target's position in its window; the others float32 ``[1]``. Weighted
     targets alone count. With `chosen` (see `token_losses`), `targets`, `weights` and `target_positions` are those of
     the chosen places, and no rows are counted.
+
+    The sums have the given sharding, or the compiler's choice.
 
     Where tokens may pass by layers, under the policy `skipping` or a depth rule, the last of the sums are tokens that
     ran each layer's mixer, then each one's ffn, and all tokens: float32 ``[2 layers + 1]``.
@@ -46,11 +51,15 @@ def make_scorer(
         tokens = jnp.sum(batch["segment_ids"] != 0, dtype=jnp.float32)
         return *sums, jnp.append(scores.ran.reshape(-1), tokens)
 
-    return jax.jit(score)
+    return jax.jit(score, out_shardings=sharding)
 
 
 def evaluate(
-    scorer: Callable, params: Parameters, batches: Batches, place: Callable = lambda batch: batch
+    scorer: Callable,
+    params: Parameters,
+    batches: Batches,
+    place: Callable = lambda batch: batch,
+    total: Callable[[float], float] = lambda value: value,
 ) -> dict[str, Any]:
     """Score windows of text (see `efficient_lm.data.packing.pack` and `efficient_lm.evaluation.windows`).
 
@@ -58,6 +67,7 @@ def evaluate(
         scorer: from `make_scorer`.
         batches: arrays `[batch, time]`, with `target_bytes`: UTF-8 bytes of each target.
         place: puts a batch on the devices.
+        total: adds up what each process has counted on the host, where many have a part of each batch.
 
     Returns:
         `loss` (nats per token), `perplexity` per token, `bits_per_byte`, `accuracy` (targets that were the likeliest),
@@ -85,6 +95,7 @@ def evaluate(
         add(waiting)
         waiting = sums
     add(waiting)
+    size = total(size)
     nats, tokens, right, rows, solved, *ran = totals or (np.zeros(0),) * 5
     count, right, rows, solved = (float(total.sum()) for total in (tokens, right, rows, solved))
     loss = nats.sum() / max(count, 1)

@@ -79,6 +79,7 @@ class ExtractConfig(Looking):
 
     Attributes:
         checkpoint: a run directory, one of its checkpoints, or a published model.
+        averaged: whether a run's moving average of the parameters is used (`train.average`).
         ffn, heads, state, rank, width: parts of these axes that stay (see `models.elastic.Axis`); None: all.
         layers: a part of them, or the numbers of those that stay.
         experts: a part of them, 0.5; how many of the most important stay in each layer; or which, a list, or a list for
@@ -95,6 +96,7 @@ class ExtractConfig(Looking):
     """
 
     checkpoint: Name
+    averaged: bool = False
     ffn: Parts | None = None
     heads: Parts | None = None
     state: Parts | None = None

@@ -21,6 +21,7 @@ def size(path, **parts):
     return count_parameters((model.submodel(parts) if parts else model).model.declarations)
 
 
+@pytest.mark.slow
 def test_the_largest_within_a_budget(run, nested, tmp_path):
     budget = size(nested, ffn=[0.5, 1])
     status, out, err = run("extract", f"checkpoint={nested}", f"output={tmp_path / 'a'}", f"budget.params={budget}")

@@ -30,6 +30,7 @@ def test_every_size_is_validated(nested):
     assert whole == half
 
 
+@pytest.mark.slow
 def test_it_is_used_and_extracted_at_a_smaller_size(run, nested, on_numbers, tmp_path):
     where = tmp_path / "half"
     status, out, err = run("extract", f"checkpoint={nested}", f"output={where}", "ffn=0.5")

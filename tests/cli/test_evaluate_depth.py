@@ -20,6 +20,7 @@ def saved(folder, *options):
     return Model(config, jax.jit(config.model.build().init)(jax.random.key(0)), tokenizer).save(folder)
 
 
+@pytest.mark.slow
 def test_both_selections_and_ranks(run, tmp_path):
     checkpoint, output = saved(tmp_path / "tiny", "depth=mixture_of_depths"), tmp_path / "scores.json"
     keys = ["selection=both", "attention_rank=true", "limit=3", f"output={output}"]
@@ -47,6 +48,7 @@ def dense(tmp_path_factory):
     return saved(tmp_path_factory.mktemp("runs") / "dense", "model.repeats=4", "depth=layer_drop")
 
 
+@pytest.mark.slow
 def test_layers_of_low_rank_get_the_rule(dense, run, tmp_path):
     keys = ["method=mixture_of_depths", "method.rule.capacity=[0.5,0.25]", "limit=3"]
     output = tmp_path / "routed"

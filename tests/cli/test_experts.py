@@ -56,6 +56,7 @@ def logits(path):
     return np.asarray(elm.load(path).logits(np.arange(60).reshape(2, 30)))
 
 
+@pytest.mark.slow
 def test_upcycled_models_compute_what_they_did(folder, run):
     status, out, err = run(
         "upcycle", f"checkpoint={folder / 'dense'}", f"output={folder / 'copies'}", "method.experts=4"
@@ -88,6 +89,7 @@ def test_experts_merge_and_drop(trained, run):
     assert [layer.ffn.experts for layer in elm.load(trained / "two").model.layers] == [2, 2]
 
 
+@pytest.mark.slow
 def test_routing_is_one_command(trained, run, tmp_path):
     output = tmp_path / "routing.json"
     keys = ["routing=true", "limit=8", f"text=[{trained / 'law.jsonl'},{trained / 'code.jsonl'}]", f"output={output}"]

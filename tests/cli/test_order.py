@@ -35,6 +35,7 @@ def test_the_most_active_units_are_extracted(run, plain, numbers, tmp_path):
     assert model.extract(layers=0.5, rows=4).config.model.numbering.layers in ((0,), (1,))
 
 
+@pytest.mark.slow
 def test_parts_are_chosen_of_what_is_worth_most(run, plain, tmp_path):
     """Within a budget, of a model that was trained for none; with a search the same units are in question."""
     model, budget = elm.load(plain), count_parameters(elm.load(plain).submodel({"ffn": 0.5}).model.declarations)

@@ -10,6 +10,7 @@ from efficient_lm.errors import ConfigError
 KEYS = ["prompt=A", "max_new_tokens=12", "temperature=0"]
 
 
+@pytest.mark.slow
 def test_drafted_text_is_the_same_and_what_was_accepted_is_said(run, caplog, nested):
     _, whole, _ = run("generate", f"checkpoint={nested}", *KEYS)
     with caplog.at_level(logging.INFO):
@@ -20,6 +21,7 @@ def test_drafted_text_is_the_same_and_what_was_accepted_is_said(run, caplog, nes
     assert len(said) == 2 and "tokens per verification" in said[0] and "drafted by size" in said[1]
 
 
+@pytest.mark.slow
 def test_from_python(plain):
     model = elm.load(plain)
     prompts = ["A", "Number 7"]

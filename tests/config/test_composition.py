@@ -172,7 +172,9 @@ def test_folders_of_a_user(tmp_path):
 
 
 def test_plan_takes_what_train_takes():
-    assert compose("plan", ["ffn=mlp"]).values == compose("train", ["ffn=mlp"]).values
+    planned = compose("plan", ["ffn=mlp"]).values
+    assert {key: planned.pop(key) for key in ("devices", "shardings")} == {"devices": None, "shardings": None}
+    assert planned == compose("train", ["ffn=mlp"]).values
     assert ConfigRoots().defaults("plan") == ConfigRoots().defaults("train")
 
 

@@ -70,13 +70,9 @@ def test_few_layers_of_masformer_see_everything():
         assert 0 < whole <= len(windows) / 4 and set(windows[whole:]) != {None}
 
 
-SHARED = "samba_tiny", "griffin_tiny", "moe_tiny"
-"""Have between them what the others are made of, or have tests of it elsewhere."""
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[] if name in SHARED else pytest.mark.slow) for name in TINY]
-)
+# Others have tests of what they are made of.
+@pytest.mark.quick_for("moe_tiny")
+@pytest.mark.parametrize("name", TINY)
 def test_small_ones_learn(name, drawn):
     """A few steps on one short row bring its loss down, and every parameter has a gradient."""
     model = spec_of(name, width=48, remat="none").build()

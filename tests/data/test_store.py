@@ -47,7 +47,7 @@ def test_what_a_store_holds(source):
     assert store.tokens.dtype == np.uint16 and store.offsets.dtype == np.int64
     assert store.document_bytes.tolist() == [len(text.encode()) for text in TEXTS]
     assert store.byte_lengths is tokenizer.byte_lengths
-    assert np.array_equal(store.tokens, encode_texts(TEXTS, tokenizer).tokens)
+    assert np.array_equal(store.tokens[:], encode_texts(TEXTS, tokenizer).tokens)
 
 
 def test_wide_vocabularies_take_32_bits():

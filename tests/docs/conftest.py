@@ -6,7 +6,7 @@ import shlex
 import pytest
 
 from efficient_lm.composition import compose
-from efficient_lm.config import ConvertConfig, EvaluateConfig, GenerateConfig, RunConfig
+from efficient_lm.config import ConvertConfig, EvaluateConfig, GenerateConfig, PlanConfig, RunConfig
 from efficient_lm.upcycling.config import ExtractConfig, MergeConfig, UpcycleConfig
 from efficient_lm.validation import validate
 
@@ -37,7 +37,10 @@ def understood():
         typed += from_run if len(typed) < len(keys) else []
         # Nor are the text and the tokenizer that a plan does without.
         typed += ["data.source.paths=[text]", "tokenizer.path=tokenizer.json"] if verb == "plan" else []
-        return validate(CONFIGS[verb], compose(verb, typed).values)
+        values = compose(verb, typed).values
+        if verb == "plan":
+            validate(PlanConfig, {key: values.pop(key) for key in PlanConfig.model_fields})
+        return validate(CONFIGS[verb], values)
 
     return config
 

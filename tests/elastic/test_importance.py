@@ -95,6 +95,7 @@ def test_all_kinds_are_here():
     assert sorted(kind for kinds in TOGETHER for kind in kinds) == KINDS
 
 
+@pytest.mark.quick_for("attention")
 @pytest.mark.parametrize("kinds", TOGETHER, ids=lambda kinds: kinds[0])
 def test_the_function_stays(kinds):
     """Along every axis that the kinds have, all at once."""
@@ -150,7 +151,8 @@ def test_activation_is_what_the_output_map_reads():
     np.testing.assert_allclose(scores(again, "heads"), scores(worth, "heads"), rtol=1e-5)
 
 
-@pytest.mark.parametrize("selection", ["top_k", pytest.param("causal", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("selection", ["top_k", "causal"])
 def test_activation_is_of_the_tokens_that_run_a_layer(selection):
     """With mixture of depths; what the others hold, and padding, are of no concern."""
     depth = {"kind": "mixture_of_depths", "capacity": 0.5, "selection": selection, "decide": "router"}
@@ -182,6 +184,7 @@ def test_activation_is_of_the_tokens_that_run_a_layer(selection):
     np.testing.assert_allclose(model.logits(params, TOKENS), whole, atol=1e-5 * float(jnp.abs(whole).max()))
 
 
+@pytest.mark.slow
 def test_weight_and_gradient():
     model = model_of("mamba", ffn=MIXTURE)
     params, batch = fresh(model), batch_of()
@@ -223,6 +226,7 @@ def test_layers_by_what_they_change():
         np.testing.assert_array_equal(layer_parameters(small, mine)[1]["ffn"]["inner"]["down"]["weight"], whole[best])
 
 
+@pytest.mark.slow
 def test_what_is_measured_is_said(caplog):
     caplog.set_level("INFO", logger="efficient_lm")
     model = model_of("retention", "mamba", "attention")

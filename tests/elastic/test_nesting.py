@@ -91,6 +91,7 @@ def weighted(weights):
     return jax.tree.map(lambda *leaves: sum(map(jnp.multiply, weights, leaves)), *(found for found, _ in alone()))
 
 
+@pytest.mark.slow
 def test_all_at_once():
     for nesting, weights in (
         (JointSpec(), (1 / 3, 1 / 3, 1 / 3)),
@@ -104,6 +105,7 @@ def test_all_at_once():
     assert sums.metrics["cross_entropy"] == pytest.approx(float(alone()[2][1].loss), rel=1e-6)
 
 
+@pytest.mark.slow
 def test_the_largest_the_smallest_and_one_between():
     grads, _ = run(SandwichSpec(distill=False))
     assert_close(grads, jax.tree.map(lambda *leaves: sum(leaves) / 3, *(found for found, _ in alone())))
@@ -112,6 +114,7 @@ def test_the_largest_the_smallest_and_one_between():
     assert_close(grads, jax.tree.map(lambda a, b: (a + b) / 2, smallest, whole))
 
 
+@pytest.mark.slow
 def test_smaller_ones_learn_what_the_largest_says():
     """The divergence is its definition; the teacher gets no gradient through it."""
     model = model_of()
@@ -155,6 +158,7 @@ LONG = [
 ]
 
 
+@pytest.mark.quick_for("sandwich")
 @pytest.mark.parametrize("nesting", [SandwichSpec(), MixedSpec(), *LONG], ids=lambda nesting: nesting.kind)
 def test_a_step_takes_them(nesting):
     model, optimizer = model_of(), optax.sgd(0.1)
@@ -163,6 +167,7 @@ def test_a_step_takes_them(nesting):
     assert np.isfinite(metrics["loss"]) and metrics["grad_norm"] > 0 and state["step"] == 1
 
 
+@pytest.mark.slow
 def test_experts_inside_experts():
     """A step of a model with fewer experts counts no loads, and a correction is moved by the whole model's alone."""
     ffn = {"kind": "moe", "experts": 4, "top_k": 1, "expert": {"kind": "swiglu", "hidden": 16}}

@@ -69,7 +69,8 @@ def expected_scores(model, params, space, levels, batch, fitness):
     return float((found * batch["weights"]).sum() / batch["weights"].sum())
 
 
-@pytest.mark.parametrize("fitness", ["loss", pytest.param("kl", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("fitness", ["loss", "kl"])
 def test_scores_are_those_of_the_models_that_are_made_in_one_program(tmp_path, fitness, drawn):
     model, batch = model_of(), rows()
     params, space = drawn(model), space_of(model)
@@ -80,6 +81,7 @@ def test_scores_are_those_of_the_models_that_are_made_in_one_program(tmp_path, f
     assert score._program._cache_size() == 1
 
 
+@pytest.mark.slow
 def test_layers_with_fewer_experts_are_scored(tmp_path, drawn):
     ffn = {"kind": "moe", "experts": 4, "top_k": 2, "expert": {"kind": "swiglu", "hidden": 8}}
     block = {"mixer": {"kind": "attention", "heads": 2}, "ffn": ffn}

@@ -81,6 +81,7 @@ def test_by_default_it_is_what_training_validates_with(model, scorer):
         assert row == pytest.approx(other, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_the_batch_size_changes_nothing(model, scorer):
     store = encode_texts(TEXTS, model.tokenizer)
     for options in ({}, {"stride": 2}, {"begin": "none"}):

@@ -38,6 +38,7 @@ def test_each_layer_has_the_figures_that_its_mixer_has(hybrid):
     assert hybrid[3][1]["attention_entropy"].shape == (4,)
 
 
+@pytest.mark.slow
 def test_states_are_those_of_a_prefill(drawn):
     model, params, tokens, (figures, _) = measured(drawn, ["recur", "attend"])
     half = TIME // 2

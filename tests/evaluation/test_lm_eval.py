@@ -135,6 +135,7 @@ def greedy(model, prompt, count):
     return model.tokenizer.decode(ids[-count:] if ids[-1] != 256 else ids[len(prompt.encode()[-64 + count :]) :])
 
 
+@pytest.mark.slow
 def test_generations(model, harness):
     prompts = ["peace and", "the people of a union " * 5, "x"]
     asked = [(prompt, {"until": [], "max_gen_toks": 8}) for prompt in prompts]

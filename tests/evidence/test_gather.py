@@ -46,6 +46,7 @@ def gathered(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_the_page_and_its_figures(gathered):
     kept = json.loads((gathered / "multi_query_recall.json").read_text())
     good, bad = kept["rows"]
@@ -61,6 +62,7 @@ def test_the_page_and_its_figures(gathered):
     assert "at least 0.9 expected" in page and "not reproduced at this scale" in page
 
 
+@pytest.mark.slow
 def test_what_is_finished_is_not_done_again(gathered, monkeypatch):
     before = json.loads((gathered / "multi_query_recall.json").read_text())["rows"]
     monkeypatch.setattr("efficient_lm.api.load", lambda path: pytest.fail("a finished run was measured again"))
@@ -88,6 +90,7 @@ def test_faults():
     assert read_evidence("parity").output is None and read_evidence("parity", ["seeds=[0]"]).output == "runs/evidence"
 
 
+@pytest.mark.slow
 def test_the_script_answers_in_a_line():
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "scripts/evidence.py"]

@@ -28,6 +28,7 @@ def gathered(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_each_arm_has_the_figures_of_its_sizes(gathered):
     rows = {row["arm"]: row["runs"][0] for row in json.loads((gathered / "matformer.json").read_text())["rows"]}
     assert {"0.5", "1", "draft 0.5", "mixes near", "worst mix"} <= set(rows["nested"]["figures"])

@@ -63,16 +63,11 @@ def made(decoder, prompts, count, sampling=GREEDY, **options):
 ATTENTION = (("kind", "attention"), ("heads", 2))
 WINDOW = (*ATTENTION, ("window", 4), ("kept_tokens", 1))
 SMALL = (*ATTENTION, ("head_size", 4))
-BRIEF = ["multi_latent", "mamba"]
-LONG = sorted({kind for kind, spec in MixerSpec.kinds.items() if not spec.bidirectional} - {"attention", *BRIEF})
-MIXERS = [
-    pytest.param(ATTENTION, id="attention"),
-    pytest.param(WINDOW, id="window"),
-    *BRIEF,
-    *(pytest.param(kind, marks=pytest.mark.slow) for kind in LONG),
-]
+KINDS = sorted({kind for kind, spec in MixerSpec.kinds.items() if not spec.bidirectional} - {"attention"})
+MIXERS = [pytest.param(ATTENTION, id="attention"), pytest.param(WINDOW, id="window"), *KINDS]
 
 
+@pytest.mark.quick_for("attention", "mamba")
 @pytest.mark.parametrize("mixer", MIXERS)
 def test_greedy_tokens_are_those_of_the_whole_model(mixer, built):
     model, params = built(mixer)
@@ -83,6 +78,7 @@ def test_greedy_tokens_are_those_of_the_whole_model(mixer, built):
     assert 0 < found.accepted < found.drafted and found.tokens == 60
 
 
+@pytest.mark.quick_for("layers")
 @pytest.mark.parametrize(
     ("mixer", "parts"),
     [
@@ -99,6 +95,7 @@ def test_a_draft_with_other_mixers_keeps_its_own_cache(mixer, parts, built):
     np.testing.assert_array_equal(made(decoder, PROMPTS, 12), made(Decoder(model, params), PROMPTS, 12))
 
 
+@pytest.mark.quick_for("experts")
 @pytest.mark.parametrize(
     "block",
     [
@@ -125,6 +122,7 @@ def test_a_draft_like_the_whole_is_always_accepted(built):
     assert found.figures()["tokens_per_verification"] == 4 and "100.0 % of drafted" in str(found)
 
 
+@pytest.mark.slow
 def test_rows_end_by_themselves(built):
     model, params = built(ATTENTION)
     plain, decoder = Decoder(model, params), speculative(model, params, {"ffn": 0.5}, tokens=3)
@@ -162,6 +160,7 @@ def excess(counts, chances):
     return (np.sum((seen - wanted) ** 2 / wanted) - freedom) / np.sqrt(2 * freedom)
 
 
+@pytest.mark.quick_for("sizes")
 @pytest.mark.parametrize(
     ("mixer", "parts", "sampling"),
     [
@@ -187,6 +186,7 @@ def decoder_draft(decoder):
     return decoder.small[0], decoder.small_params[0]
 
 
+@pytest.mark.slow
 def test_a_draft_that_is_not_confident_leaves_the_token_to_a_larger_one(built):
     model, params = built(ATTENTION)
     plain = made(Decoder(model, params), PROMPTS, 20)

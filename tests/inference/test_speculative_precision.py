@@ -18,6 +18,7 @@ ROUNDING = 2.0**-8
 """Of one result in bfloat16, relative to it; those of a few layers add up."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mixer", "stored"),
     [({"kind": "attention", "heads": 2}, jnp.float32), ({"kind": "mamba2", "head_size": 8}, jnp.bfloat16)],

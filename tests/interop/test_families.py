@@ -71,24 +71,17 @@ def golden(request):
 
 
 # Families without their experts are made of mixers that have goldens or equations of their own.
-DENSE = {name for name in NAMES if name.endswith("_dense")}
-# That their mixers decode what they compute in parallel is tested of each by itself.
-HYBRID = {"bamba", "falcon_h1", "jamba", "kimi_linear", "minimax", "nemotron_h", "olmo_hybrid", "qwen3_next"}
+WHOLE = [name for name in NAMES if not name.endswith("_dense")]
 
 
-def slow_if(names):
-    marked = [pytest.param(name, marks=pytest.mark.slow) if name in names else name for name in NAMES]
-    return pytest.mark.parametrize("golden", marked, indirect=True)
-
-
-@slow_if(DENSE)
+@pytest.mark.quick_for(*WHOLE)
 @pytest.mark.usefixtures("optimized")
 def test_logits(golden):
     want = golden.arrays["logits"]
     assert np.abs(np.asarray(golden.model.logits(golden.ids)) - want).max() < 2e-5 * np.abs(want).max()
 
 
-@slow_if(DENSE)
+@pytest.mark.quick_for("gpt2", "deepseek_v3", "mamba", "mamba2", "lfm2", "olmoe", "gemma3")
 def test_loss_and_every_gradient_norm(golden):
     loss, gradients = jax.jit(jax.value_and_grad(golden.loss))(golden.model.params)
     np.testing.assert_allclose(loss, golden.arrays["loss"][0], rtol=1e-5)
@@ -110,7 +103,7 @@ class Endless(LanguageModel):
         return super().logits_from(params, hidden).at[..., END].set(-jnp.inf)
 
 
-@slow_if(DENSE | HYBRID)
+@pytest.mark.quick_for("gpt2", "deepseek_v3", "mamba2", "lfm2", "gpt_oss")
 def test_greedy_tokens(golden):
     prompt = np.asarray(golden.arrays["greedy"][0, :20], np.int32)
     decoder = Decoder(Endless(golden.model.config.model), golden.model.params)

@@ -122,6 +122,7 @@ def test_parts_that_would_take_other_keys(model, parts, words):
         model.submodel(parts)
 
 
+@pytest.mark.slow
 def test_units_change_places_by_what_they_are_worth(model):
     """Layers are looked at one by one, with all that they are told; heads that several layers read stay."""
     rows = {

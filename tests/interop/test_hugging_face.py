@@ -269,6 +269,7 @@ print((peak() - before) / size, size)
 """
 
 
+@pytest.mark.slow
 def test_peak_memory_of_an_import(tmp_path, llama):
     width, layers, vocab, hidden = 512, 6, 16000, 1536
     config = json.loads((llama / "config.json").read_text())

@@ -57,6 +57,7 @@ def test_copies_compute_what_the_dense_model_did(made, dense_spec, ffn):
     )
 
 
+@pytest.mark.slow
 def test_noise_parts_the_copies(made, dense_spec):
     source = made(dense_spec(DENSE[1]))
     result = converted(made, source, method(experts=2, top_k=1, noise=0.1, layers=[1]))
@@ -67,6 +68,7 @@ def test_noise_parts_the_copies(made, dense_spec):
     assert np.abs(up[0] - up[1]).max() > 0
 
 
+@pytest.mark.quick_for("{'by': 'random'}-gated")
 @pytest.mark.parametrize("ffn", DENSE, ids=["gated", "plain"])
 @pytest.mark.parametrize("options", [{"by": "random"}, {"by": "contiguous", "shared": 0.25}], ids=str)
 def test_all_parts_with_weights_of_one_compute_what_the_dense_model_did(made, dense_spec, ffn, options):

@@ -6,7 +6,8 @@ from typing import ClassVar, NamedTuple
 
 import numpy as np
 
-from efficient_lm.data.base import ENDLESS, BatchIterator, Data, DataSpec, iterate, share
+from efficient_lm.data.base import ENDLESS, BatchIterator, Data, DataSpec, iterate, share, shares
+from efficient_lm.data.batch_sizes import BatchSizes
 from efficient_lm.data.packing import Batch
 from efficient_lm.data.synthetic.row_random import RowRandom
 from efficient_lm.data.tokenizers import AbsentTokenizer, Tokenizer
@@ -83,12 +84,14 @@ class SyntheticData(Data):
         self._order = lru_cache(maxsize=2)(self._shuffled)
 
     def train_batches(
-        self, batch_size: int, start_step: int = 0, process_index: int = 0, process_count: int = 1
+        self, batch_size: int | BatchSizes, start_step: int = 0, process_index: int = 0, process_count: int = 1
     ) -> BatchIterator:
-        part = share(batch_size, process_index, process_count)
+        sizes = BatchSizes.of(batch_size)
+        parts = shares(sizes, process_index, process_count)
 
         def batch(step: int) -> Batch:
-            return self._batch(TRAINING, self._examples(step * batch_size + np.arange(part.start, part.stop)))
+            part = parts[sizes.rows(step)]
+            return self._batch(TRAINING, self._examples(sizes.first(step) + np.arange(part.start, part.stop)))
 
         iterator = iterate(batch, ENDLESS, self._spec.threads)
         iterator.set_state({"next_index": start_step})
