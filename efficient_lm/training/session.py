@@ -262,8 +262,9 @@ class Session:
         data, wanted = self.setup.data, self.setup.config.train.stop_at_accuracy
 
         def scored(scorer: Callable, params: Parameters) -> dict[str, Any]:
-            layout = self.setup.layout
-            batches = data.validation_batches(self.setup.config.train.batch_size, rows, *layout.part)
+            layout, train = self.setup.layout, self.setup.config.train
+            # As many rows at a time as a step computes, so that what holds the step holds this too.
+            batches = data.validation_batches(train.batch_size // train.accumulate, rows, *layout.part)
             return evaluate(scorer, params, moving(self._until_stopped(batches)), layout.batch, total)
 
         params = self._scored_parameters(state)
