@@ -15,6 +15,8 @@ from efficient_lm.sweeps.arms import Arm
 
 COUNTED = ("parameters", "flops_per_token", "training_flops", "cache_bytes")
 """Figures that follow from a config; the second of the forward pass, the last for one sequence of training."""
+IDLE_SECONDS = 2.0
+"""In which a process that has nothing to do ends."""
 REPORTED = ("step", "tokens", "seconds")
 """Further figures of every run."""
 
@@ -229,6 +231,9 @@ class Checker:
         """End the process."""
         if self._connection is not None:
             self._connection.close()
+            self._process.join(IDLE_SECONDS)
+            # It is still at something that nobody waits for any more.
+            self._process.terminate()
             self._process.join()
             self._connection = self._process = None
 
