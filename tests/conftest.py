@@ -1,6 +1,7 @@
 """Tests run on the CPU, compile in a hurry, and keep compiled programs between sessions."""
 
 import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -25,6 +26,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         quick = item.get_closest_marker("quick_for")
         if quick is not None and item.callspec.id not in quick.args:
             item.add_marker(pytest.mark.slow)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def heeding_signals() -> Iterator[None]:
+    """What the shell has its background jobs ignore (`nohup make test &`) is heard here, and by what tests start."""
+    defaults = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
+    ignored = [number for number in defaults if signal.getsignal(number) is signal.SIG_IGN]
+    for number in ignored:
+        signal.signal(number, defaults[number])
+    yield
+    for number in ignored:
+        signal.signal(number, signal.SIG_IGN)
 
 
 @pytest.fixture

@@ -25,6 +25,7 @@ def checked(run, on_numbers, folder, *keys):
     return status, printed, found
 
 
+@pytest.mark.slow
 def test_activations_stay_of_one_size_with_mup_and_grow_without(run, on_numbers, tmp_path):
     status, printed, found = checked(run, on_numbers, tmp_path / "mup", *MUP)
     assert status == 0 and "what training changes stays of one size" in printed
@@ -83,6 +84,7 @@ def test_a_model_trained_with_mup_keeps_its_function(run, trained, tmp_path):
         model.to_hf(tmp_path / "hf")
 
 
+@pytest.mark.slow
 def test_training_that_begins_with_it_has_its_factors_once(run, trained, on_numbers, tmp_path):
     folder, _ = trained
     short = [key for key in on_numbers if key.startswith(("train.", "data"))]

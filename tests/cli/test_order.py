@@ -58,6 +58,7 @@ def test_parts_are_chosen_of_what_is_worth_most(run, plain, tmp_path):
     assert (status, err) == (0, "") and out
 
 
+@pytest.mark.slow
 def test_a_nested_model_is_chosen_from_along_other_axes_too(nested, tmp_path):
     model = elm.load(nested)
     found = search(model, "mix_n_match", tmp_path, {"params": 1e6}, rows=2, elastic={"heads": [0.5, 1]})

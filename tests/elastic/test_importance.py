@@ -253,6 +253,7 @@ def test_what_a_model_is_trained_for_keeps_its_order():
         most_important(model, params, {"ffn": 0.5}, "activation", None)
 
 
+@pytest.mark.slow
 def test_the_function_of_experts_stays():
     model = model_of("short_conv", ffn=MIXTURE)
     params = fresh(model)

@@ -73,6 +73,7 @@ def test_a_model_inside_moves_only_its_own():
     assert [each.name for each in nested_models(model)] == ["0.25", "0.5", "1"]
 
 
+@pytest.mark.slow
 def test_one_is_drawn_in_every_step():
     model = model_of()
     gradient = jax.jit(SampleSpec(probabilities=(0.5, 0.25, 0.25)).gradient(model, LOSS))

@@ -93,6 +93,7 @@ def test_layers_with_fewer_experts_are_scored(tmp_path, drawn):
         assert score(levels) == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_layers_that_kept_their_numbers_have_their_own_levels(tmp_path, drawn):
     model, batch = model_of(numbering={"layers": [1, 3, 4], "of": 6}), rows()
     params, space = drawn(model), space_of(model)

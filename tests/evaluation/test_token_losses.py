@@ -12,7 +12,9 @@ from efficient_lm.models.language_model import ModelSpec
 BLOCK = {"layer": {"mixer": {"kind": "attention", "heads": 2}, "ffn": {"kind": "swiglu", "hidden": 24}}}
 
 
-@pytest.mark.parametrize("blocks", [(64, 64), (7, 10), (32, 8), (1, 23)])
+@pytest.mark.parametrize(
+    "blocks", [(7, 10), *(pytest.param(blocks, marks=pytest.mark.slow) for blocks in [(64, 64), (32, 8), (1, 23)])]
+)
 @pytest.mark.parametrize(
     "options",
     [{"tied": True, "logit_softcap": 2.0}, {"logit_multiplier": 3.0}, {"tied": True, "logit_multiplier": 0.5}],

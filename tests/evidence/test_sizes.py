@@ -41,6 +41,7 @@ def test_each_arm_has_the_figures_of_its_sizes(gathered):
     assert rows["nested"]["figures"]["1"] == pytest.approx(rows["plain"]["figures"]["1"], rel=0.05)
 
 
+@pytest.mark.slow
 def test_the_page_and_the_picture(gathered):
     text = (gathered / "matformer.md").read_text()
     assert "nested, 0.5 over that of half: at most 2 expected" in text and "![Matformer](matformer.png)" in text

@@ -123,6 +123,7 @@ def test_every_kernel_lists_choices_of_its_own_blocks(op, platform, monkeypatch)
     assert len(buckets) == 1 and set(held.CHOICES) <= set(usual[0])
 
 
+@pytest.mark.slow
 def test_where_jax_alone_is_installed():
     """The module runs by itself, imports none of this project's other packages, and says what it cannot do."""
     code = "import sys, runpy; runpy.run_module('kernels_pallas.benchmark', run_name='__main__')"

@@ -46,7 +46,8 @@ def within_bounds(found):
     return all(value < BOUNDS.get(name, 8e-3) for name, value in found.items())
 
 
-@pytest.mark.parametrize("decay", [pytest.param("none", marks=pytest.mark.slow), "head", "channel"])
+@pytest.mark.quick_for("channel")
+@pytest.mark.parametrize("decay", ["none", "head", "channel"])
 def test_packed_rows_of_odd_lengths_and_widths(results, error, without_races, decay):
     given = arguments(len(PACKED), 3, 1 if decay == "head" else 3, 40, 70, decay)
     found = errors(results, error, given, segment_ids=jnp.asarray([PACKED]))
@@ -122,6 +123,7 @@ def test_lowers_for_hopper_with_kernels_in_the_gradient(lowered_for_hopper, deca
     assert "chunk_states_read" + "_decayed" * (decay != "channel") + "_turned_back" * (decay != "channel") in names
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("decay", ["head", pytest.param("channel", marks=pytest.mark.slow)])
 def test_a_length_in_spans(results, error, without_races, monkeypatch, decay):
     given = arguments(250, 1, 1, 64, 64, decay)

@@ -127,6 +127,7 @@ def test_embeddings_of_each_layer():
     np.testing.assert_allclose(reader(jnp.asarray(x), jnp.asarray(inputs[1])), want, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_block_of_them_all():
     """Streams around the halves, the path behind the mixer, the layer's own embedding behind them."""
     spec = BlockSpec.model_validate({

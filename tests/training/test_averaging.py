@@ -62,6 +62,7 @@ def test_a_run_keeps_it_resumes_it_and_scores_it(tmp_path, config):
     assert plain.evaluate()["loss"] != pytest.approx(one["val_loss"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_it_begins_where_it_is_first_asked_for(tmp_path, config, caplog):
     train(config("run", "train.steps=2"))
     with pytest.raises(CheckpointError, match=r"averaged: .*holds no average .*train\.average"):

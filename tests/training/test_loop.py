@@ -120,11 +120,20 @@ def test_a_finished_run_does_nothing_more(text, whole):
     assert losses(whole[0]) == before
 
 
-def start(arguments, **environment):
-    command = [sys.executable, "-m", "efficient_lm", "train", *arguments]
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, **environment}
-    )
+@pytest.fixture
+def start():
+    """``start(arguments)`` → the process of `efficient-lm train`, which does not outlive the test."""
+    started = []
+
+    def process(arguments):
+        command = [sys.executable, "-m", "efficient_lm", "train", *arguments]
+        started.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+        return started[-1]
+
+    yield process
+    for each in started:
+        with each:
+            each.kill()
 
 
 def wait_for(condition, process, seconds=120):
@@ -134,7 +143,7 @@ def wait_for(condition, process, seconds=120):
         time.sleep(0.02)
 
 
-def test_killed_at_any_moment_it_goes_on_from_the_newest_whole_checkpoint(text, whole, tmp_path):
+def test_killed_at_any_moment_it_goes_on_from_the_newest_whole_checkpoint(text, whole, tmp_path, start):
     folder = tmp_path / "killed"
     for marker in ("checkpoints/4", "checkpoints/8"):
         process = start(overrides(text, folder))
@@ -152,7 +161,7 @@ def test_killed_at_any_moment_it_goes_on_from_the_newest_whole_checkpoint(text, 
     assert sum(parts) == pytest.approx(spent["wall_seconds"])
 
 
-def test_a_signal_saves_and_stops(text, tmp_path):
+def test_a_signal_saves_and_stops(text, tmp_path, start):
     folder = tmp_path / "signalled"
     process = start(overrides(text, folder, **{"train.steps": 100_000, "train.checkpoint_every": 100_000}))
     wait_for(lambda: (folder / "metrics.jsonl").exists() and len(losses(folder)) > 3, process)

@@ -4,6 +4,7 @@ import json
 
 import jax
 import jax.numpy as jnp
+import pytest
 
 from efficient_lm.training.checkpoints import Checkpoints, restore_from
 
@@ -60,6 +61,7 @@ MEASURED = """
 """
 
 
+@pytest.mark.slow
 def test_a_state_is_read_into_its_place(on_devices, tmp_path):
     code = MEASURED.replace("sys.argv[1]", repr(str(tmp_path)))
     found = json.loads(on_devices(1, code).splitlines()[-1])

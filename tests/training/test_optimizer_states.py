@@ -33,11 +33,14 @@ def drawn(seed):
     return {name: jnp.asarray(random.standard_normal(d.shape), jnp.float32) for name, d in DECLARATIONS.items()}
 
 
-def test_every_kind_goes_on_from_a_checkpoint_to_the_bit(tmp_path):
+@pytest.mark.parametrize(
+    "kinds", [("lion", "schedule_free_adamw"), pytest.param(KINDS, marks=pytest.mark.slow)], ids=len
+)
+def test_kinds_go_on_from_a_checkpoint_to_the_bit(kinds, tmp_path):
     """All of them in one checkpoint, with moments in each precision."""
     made = {
         f"{kind} {state}": OptimizerSpec.lookup(kind)(state=state).build(lambda step: 1e-2, DECLARATIONS)
-        for kind, state in [(kind, "float32") for kind in KINDS] + [("adamw", "int8"), ("soap", "bfloat16")]
+        for kind, state in [(kind, "float32") for kind in kinds] + [("adamw", "int8"), ("muon", "bfloat16")]
     }
 
     def steps(runs, seeds):
@@ -141,6 +144,7 @@ def batch(rows=4, time=12):
     return found | {"positions": jnp.broadcast_to(jnp.arange(time), (rows, time))}
 
 
+@pytest.mark.slow
 def test_targets_are_drawn_from_the_model():
     params, rows = MODEL.init(jax.random.key(0)), batch(8, 24)
     params["head"]["weight"] = params["head"]["weight"] * 40

@@ -102,6 +102,7 @@ def losses(folder):
     return [(row["step"], row["loss"], row["grad_norm"]) for row in read_metrics(folder) if "loss" in row]
 
 
+@pytest.mark.slow
 def test_a_run_with_probes_and_a_trace_has_the_same_bits(text, tmp_path, caplog):
     plain = loop.train(config(text, tmp_path / "plain"))
     options = ["train.probes.every=2", "train.profile=2:4", "tracker=tensorboard"]
