@@ -20,7 +20,12 @@ from efficient_lm.spec import Positive, Real, Spec
 from efficient_lm.sweeps.durations import Seconds, run_flops, run_seconds, steps_for, with_steps
 from efficient_lm.sweeps.resizing import Attempt, Resizer, Target
 from efficient_lm.sweeps.sizing import (
-    Sizable, Size, embedding_parameters, hidden_sizes, with_values, with_vocabulary_known,
+    Sizable,
+    Size,
+    embedding_parameters,
+    hidden_sizes,
+    with_values,
+    with_vocabulary_known,
 )  # fmt: skip
 from efficient_lm.sweeps.step_seconds import measured_seconds
 from efficient_lm.training.accounting import run_flops_per_token

@@ -73,7 +73,7 @@ class Resizer:
 
     def by_width(self) -> Attempt | None:
         """Other widths; of a model whose hidden sizes cannot make up for the rest, in multiples of less than 8."""
-        return self._first(((self.candidate.given.repeats, multiple) for multiple in MULTIPLES))
+        return self._first((self.candidate.given.repeats, multiple) for multiple in MULTIPLES)
 
     def by_width_or_depth(self) -> Attempt | None:
         """As `by_width`, but rather of another depth than of a width that is no multiple of 4."""
