@@ -1,10 +1,11 @@
 """Equal budgets: each candidate resized so that all have the same parameters, FLOPs or seconds.
 
-A budget of `params` or `flops_per_token` decides how large a model is, one of `flops` or `seconds` how long it is
-trained; one of each can go together. Figures are those of the model that is built, and of the config that a run gets.
+A budget of size (parameters, FLOPs per token, tokens per parameter) decides how large a model is, one of length (FLOPs,
+seconds) how long it is trained; one of each can go together. Figures are those of the model that is built, and of the
+config that a run gets.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -13,11 +14,18 @@ from pydantic import Field, model_validator
 
 from efficient_lm.config import RunConfig
 from efficient_lm.elastic.nested import nested_models
-from efficient_lm.errors import ConfigError, nearest
+from efficient_lm.errors import ConfigError
 from efficient_lm.models.language_model import LanguageModel
 from efficient_lm.models.parameters import count_parameters
 from efficient_lm.spec import Positive, Real, Spec
-from efficient_lm.sweeps.durations import Seconds, run_flops, run_seconds, steps_for, with_steps
+from efficient_lm.sweeps.durations import (
+    Seconds,
+    forward_flops_per_token,
+    run_flops,
+    run_seconds,
+    steps_for,
+    with_steps,
+)
 from efficient_lm.sweeps.resizing import Attempt, Resizer, Target
 from efficient_lm.sweeps.sizing import (
     Sizable,
@@ -33,26 +41,25 @@ from efficient_lm.training.portions import Portions
 from efficient_lm.training.setup import with_factors
 from efficient_lm.validation import validate
 
-OF_SIZE, OF_LENGTH = ("params", "flops_per_token"), ("flops", "seconds")
-RESIZES = {
-    "params": ("width", "depth", "ffn"),
-    "flops_per_token": ("width", "depth", "ffn"),
-    "flops": ("steps", "width", "depth", "ffn"),
-    "seconds": ("steps",),
-}
+OF_SIZE, OF_LENGTH = ("params", "flops_per_token", "tokens_per_parameter"), ("flops", "seconds")
+MODEL = ("width", "depth", "ffn")
+RESIZES = dict.fromkeys(OF_SIZE, MODEL) | {"flops": ("steps", *MODEL), "seconds": ("steps",)}
 """By budget, what can be resized for it; ``auto`` takes the first."""
+BARELY = 0.1
+"""Below this share a budget is missed for want of sizes in between, and above it for being out of reach."""
 
 
 class BudgetSpec(Spec):
-    """What every arm of a sweep is to have alike: one of the first two, one of the next two, or one of each.
+    """What every arm of a sweep is to have alike: one of the first three, one of the next two, or one of each.
 
     Attributes:
         params: number of values of the model.
-        flops_per_token: of training, forward and backward; the mean over a run whose rows differ in length.
-        flops: of all steps.
+        flops_per_token: of the forward pass, the head included; the mean over a run whose rows differ in length.
+        tokens_per_parameter: that a run is trained on; goes with `flops`.
+        flops: of all steps, forward and backward.
         seconds: of all steps, as measured on this machine, without compiling, evaluations and checkpoints.
-        embeddings: whether `params` counts embeddings and the head's weights.
-        resize: what changes: ``width``, ``depth`` (repeats of the layout) or ``ffn`` (hidden sizes) for a model,
+        embeddings: whether parameters are counted with embeddings and the head's weights.
+        resize: what changes: ``width``, ``depth`` (repeats of the layout) or ``ffn`` (hidden sizes) of a model,
             ``steps``; ``auto`` is width, or steps for `flops` and `seconds`. After width and depth, hidden sizes make
             up for the rest.
         aspect: instead of width or depth alone both change, the width being about so many times the layers.
@@ -61,6 +68,7 @@ class BudgetSpec(Spec):
 
     params: Positive | None = None
     flops_per_token: Positive | None = None
+    tokens_per_parameter: Positive | None = None
     flops: Positive | None = None
     seconds: Positive | None = None
     embeddings: bool = True
@@ -73,18 +81,20 @@ class BudgetSpec(Spec):
         if not self.given:
             raise ConfigError(f"budget: say what all arms have alike: {', '.join(RESIZES)}")
         for names in (OF_SIZE, OF_LENGTH):
-            if set(names) <= set(self.given):
-                raise ConfigError(f"budget.{names[1]}: decides the same as budget.{names[0]}; leave one of them out")
-        sized = self.of_size
-        if self.resize != "auto" and len(self.given) > 1 and self.resize not in RESIZES[sized]:
-            raise ConfigError(f"budget.resize: {self.resize}, but {sized} resizes a model; valid: width, depth, ffn")
-        if self.resize != "auto" and self.resize not in RESIZES[self.given[0]]:
-            valid = nearest(self.resize, ("auto", *RESIZES[self.given[0]]))
-            raise ConfigError(f"budget.resize: '{self.resize}' does not change {self.given[0]}; {valid}")
-        if not self.embeddings and self.params is None:
-            raise ConfigError("budget.embeddings: says what params counts, and there is none; leave it out")
-        if self.aspect is not None and (sized is None or self.resize in ("ffn", "steps")):
-            raise ConfigError("budget.aspect: is for models that are resized; give params, or leave it out")
+            both = [name for name in self.given if name in names]
+            if len(both) > 1:
+                raise ConfigError(f"budget.{both[1]}: decides the same as budget.{both[0]}; leave one of them out")
+        if self.tokens_per_parameter is not None and self.flops is None:
+            raise ConfigError("budget.tokens_per_parameter: of how many tokens? Give budget.flops too")
+        valid = RESIZES[self.given[0]]
+        if self.resize not in ("auto", *valid):
+            raise ConfigError(
+                f"budget.resize: {self.resize} does not decide {self.given[0]}; valid: {', '.join(('auto', *valid))}"
+            )
+        if not self.embeddings and self.params is None and self.tokens_per_parameter is None:
+            raise ConfigError("budget.embeddings: says which parameters count, and the budget is of none; leave it out")
+        if self.aspect is not None and (self.of_size is None or self.resize != "auto"):
+            raise ConfigError("budget.aspect: changes width and depth of models; leave it out, or budget.resize")
         return self
 
     @property
@@ -96,13 +106,13 @@ class BudgetSpec(Spec):
     def of_size(self) -> str | None:
         """The budget that decides how large a model is."""
         first = self.given[0]
-        return first if first in OF_SIZE or self.resize in ("width", "depth", "ffn") else None
+        return first if first in OF_SIZE or self.resize in MODEL else None
 
     @property
     def of_length(self) -> str | None:
         """The budget that decides how long it is trained."""
         last = self.given[-1]
-        return last if last in OF_LENGTH and last != self.of_size else None
+        return last if last != self.of_size else None
 
 
 @dataclass(frozen=True)
@@ -112,9 +122,9 @@ class Fitted:
     Attributes:
         overrides: to be added to those of the candidate.
         columns: for a table: `parameters`, `embedding_parameters`, `width`, `layers`, `hidden` (of its channel mixers;
-            least and largest where they differ, None without), `flops_per_token` (of training), `steps`, `tokens`,
-            `training_flops`, with a budget of seconds `seconds`, and `deviation`, the share by which it is off its
-            budget, of two the worse.
+            least and largest where they differ, None without), `flops_per_token` (of the forward pass), `steps`,
+            `tokens` (places for them, padding included), `training_flops`, with a budget of seconds `seconds`, and
+            `deviation`, the share by which it is off its budget, of two the worse.
     """
 
     overrides: list[str]
@@ -165,18 +175,22 @@ def fit_all(candidates: Mapping[str, Mapping[str, Any]], budget: BudgetSpec) -> 
             found[name] = fit(values, budget, name)
         except ConfigError as error:
             faults.append(str(error))
-    if faults:
-        more = [f"and {len(faults) - 3} more arms"] if len(faults) > 3 else []
-        raise ConfigError("\n".join([*faults[:3], *more]))
+    raise_all(faults)
     return found
+
+
+def raise_all(faults: Sequence[str]) -> None:
+    """Raise `ConfigError` with the first three faults, if there are any."""
+    if faults:
+        more = [f"and {len(faults) - 3} more"] if len(faults) > 3 else []
+        raise ConfigError("\n".join([*faults[:3], *more]))
 
 
 def _resized(candidate: Sizable, budget: BudgetSpec) -> Size:
     """The size that a model is given. Raises `ConfigError` where none is close enough."""
     if budget.of_size is None:
         return candidate.given
-    value = getattr(budget, budget.of_size)
-    target = Target(lambda model: _cost(candidate.config, model, budget), value, budget.tolerance)
+    target = Target(lambda model: _cost(candidate.config, model, budget), *_wanted(budget))
     resizer = Resizer(candidate, target)
     if budget.aspect is not None:
         found = resizer.by_shape(budget.aspect)
@@ -188,29 +202,52 @@ def _resized(candidate: Sizable, budget: BudgetSpec) -> Size:
     return found.size
 
 
+def _wanted(budget: BudgetSpec) -> tuple[float, float]:
+    """What a model is to cost (see `_cost`), and by which share it may be off."""
+    if budget.of_size == "tokens_per_parameter":
+        # Steps are rounded after that: half of the tolerance is theirs.
+        return budget.flops, budget.tolerance / 2
+    return getattr(budget, budget.of_size), budget.tolerance
+
+
 def _cost(config: RunConfig, model: LanguageModel, budget: BudgetSpec) -> float:
+    parameters = count_parameters(model.declarations) - (0 if budget.embeddings else embedding_parameters(model))
     if budget.of_size == "params":
-        return count_parameters(model.declarations) - (0 if budget.embeddings else embedding_parameters(model))
-    return run_flops(config, model) if budget.of_size == "flops" else run_flops_per_token(config, model)
+        return parameters
+    if budget.of_size == "flops":
+        return run_flops(config, model)
+    if budget.of_size == "tokens_per_parameter":
+        return run_flops_per_token(config, model) * budget.tokens_per_parameter * parameters
+    return forward_flops_per_token(config, model)
 
 
 def _unmet(candidate: Sizable, budget: BudgetSpec, target: Target, found: Attempt | None) -> str:
-    name = budget.of_size
+    name = "flops" if budget.of_size == "tokens_per_parameter" else budget.of_size
     wanted = f"budget.{name}: {target.value:,.4g}"
     if found is None:
         return f"{wanted}, but no size near that of the model works; set model.width to one that does"
     model = candidate.model(found.size)
     at = f"model.width={found.size.width}, model.repeats={found.size.repeats}"
-    came = f"the closest it comes is {found.cost:,.4g} ({target.deviation(found):+.1%}), with {at}"
-    outside = embedding_parameters(model)
-    if found.cost < target.value:
-        ways = [way for way in RESIZES[name] if way not in (budget.resize, "steps")]
-        rest = f"try budget.resize={' or '.join(ways)}, or another budget.tolerance"
-    elif name == "params" and budget.embeddings and 2 * outside > found.cost:
+    came = f"the closest it comes is {found.cost:,.4g} ({_off(target.deviation(found))}), with {at}"
+    outside, embedded = embedding_parameters(model), budget.of_size == "params" and budget.embeddings
+    if abs(target.deviation(found)) < BARELY or found.cost < target.value:
+        others = "leave out budget.aspect" if budget.aspect else f"try budget.resize={_other(budget.resize)}"
+        rest = f"{others}, or raise budget.tolerance"
+    elif embedded and 2 * outside > found.cost:
         rest = f"{outside:,} are of embeddings and head: lower model.vocab_size, or set budget.embeddings=false"
+    elif budget.resize in ("depth", "ffn"):
+        rest = "try budget.resize=width, or raise the budget"
     else:
         rest = "lower model.repeats, or raise the budget"
     return f"{wanted}, but {came}; {rest}"
+
+
+def _off(deviation: float) -> str:
+    return f"{deviation:+.1%}" if abs(deviation) < 1 else f"{1 + deviation:,.3g} times as much"
+
+
+def _other(resize: str) -> str:
+    return " or ".join(way for way in MODEL if way != resize and (resize, way) != ("auto", "width"))
 
 
 def _measured(config: RunConfig, budget: BudgetSpec) -> Seconds | None:
@@ -225,7 +262,7 @@ def _steps(config: RunConfig, budget: BudgetSpec, measured: Seconds | None) -> i
     steps, cost = steps_for(lambda steps: _length_cost(with_steps(config, steps), model, measured), value)
     if abs(cost / value - 1) > budget.tolerance:
         raise ConfigError(
-            f"budget.{name}: {value:,.4g}, but the closest it comes is {cost:,.4g} ({cost / value - 1:+.1%}), with "
+            f"budget.{name}: {value:,.4g}, but the closest it comes is {cost:,.4g} ({_off(cost / value - 1)}), with "
             f"train.steps={steps}; lower train.batch_size (now {config.train.batch_size}), or raise the budget"
         )
     return steps
@@ -252,20 +289,25 @@ def _columns(config: RunConfig, budget: BudgetSpec, measured: Seconds | None) ->
         "width": config.model.width,
         "layers": len(model.layers),
         "hidden": None if not hidden else hidden[0] if len(set(hidden)) == 1 else [min(hidden), max(hidden)],
-        "flops_per_token": run_flops_per_token(config, model),
+        "flops_per_token": forward_flops_per_token(config, model),
         "steps": config.train.steps,
         "tokens": Portions(config.train).tokens(),
         "training_flops": run_flops(config, model),
     }
     found |= {} if measured is None else {"seconds": run_seconds(config.train, measured)}
+    counted = found["parameters"] - (0 if budget.embeddings else found["embedding_parameters"])
     costs = {
-        "params": found["parameters"] - (0 if budget.embeddings else found["embedding_parameters"]),
+        "params": counted,
         "flops_per_token": found["flops_per_token"],
+        "tokens_per_parameter": found["tokens"] / counted,
         "flops": found["training_flops"],
         "seconds": found.get("seconds"),
     }
-    off = [costs[name] / getattr(budget, name) - 1 for name in budget.given]
-    return found | {"deviation": max(off, key=abs)}
+    off = {name: costs[name] / getattr(budget, name) - 1 for name in budget.given}
+    worst = max(off, key=lambda name: abs(off[name]))
+    if abs(off[worst]) > budget.tolerance:
+        raise ConfigError(f"budget.{worst}: {_off(off[worst])} is the closest it comes; lower train.batch_size")
+    return found | {"deviation": off[worst]}
 
 
 @contextmanager

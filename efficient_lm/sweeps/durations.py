@@ -1,4 +1,4 @@
-"""How many steps a run takes to cost what it may."""
+"""What all steps of a run cost, and how many steps cost what they may."""
 
 from collections.abc import Callable
 
@@ -22,6 +22,11 @@ def with_steps(config: RunConfig, steps: int) -> RunConfig:
 def run_flops(config: RunConfig, model: LanguageModel) -> float:
     """FLOPs of all steps of a run: forward and backward, as the parts of the model count them."""
     return run_flops_per_token(config, model) * Portions(config.train).tokens()
+
+
+def forward_flops_per_token(config: RunConfig, model: LanguageModel) -> float:
+    """FLOPs of the forward pass for a token, on average where rows differ in length."""
+    return Portions(config.train).mean(model.flops_per_token)
 
 
 def run_seconds(train: TrainSpec, seconds: Seconds) -> float:

@@ -1,66 +1,62 @@
 """Runs for IsoFLOP profiles: models of several sizes, each trained until it has had a compute budget."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from efficient_lm.errors import ConfigError
-from efficient_lm.spec import Count, Listing, Positive, Real, Spec
-from efficient_lm.sweeps.budgets import BudgetSpec, Fitted, fit
-
-FLOPS_PER_PRODUCT = 6.0
-"""About so many for a parameter and a token, by which the middle size is chosen; the budget itself is counted."""
+from efficient_lm.spec import Listing, Positive, Real, Spec
+from efficient_lm.sweeps.budgets import BudgetSpec, Fitted, fit, raise_all
 
 
 class IsoflopSpec(Spec):
-    """Which sizes are trained with which budgets.
+    """Which sizes are trained with which budgets: every size with every budget.
 
     Attributes:
         flops: budgets of a run's training.
-        params: sizes, the same at each budget; None: `sizes` of them at each budget, around the one that sees `ratio`
-            tokens per parameter, the largest `spread` times the least.
-        sizes, spread, ratio: see `params`.
-        embeddings: whether sizes count embeddings and the head's weights.
-        aspect: the width is about so many times the layers; None changes the width alone.
-        tolerance: by which share sizes and budgets may be off.
+        params: sizes, the same at each budget.
+        tokens_per_parameter: instead of these; the larger a budget, the larger are then its models.
+        embeddings, resize, aspect, tolerance: as of `BudgetSpec`.
     """
 
     flops: Annotated[Listing[Positive], Field(min_length=1)]
     params: Annotated[Listing[Positive], Field(min_length=1)] | None = None
-    sizes: Annotated[Count, Field(ge=3)] = 5
-    spread: Annotated[Real, Field(gt=1)] = 8.0
-    ratio: Positive = 20.0
+    tokens_per_parameter: Annotated[Listing[Positive], Field(min_length=1)] | None = None
     embeddings: bool = True
+    resize: Literal["auto", "width", "depth", "ffn"] = "auto"
     aspect: Positive | None = None
     tolerance: Annotated[Real, Field(gt=0, lt=1)] = 0.02
 
     @model_validator(mode="after")
-    def _decides_sizes_once(self) -> "IsoflopSpec":
-        for name in ("sizes", "spread", "ratio"):
-            if self.params is not None and name in self.model_fields_set:
-                raise ConfigError(f"isoflop.{name}: isoflop.params lists the sizes; leave one of them out")
-        for name in ("flops", "params"):
-            if len(set(getattr(self, name) or ())) != len(getattr(self, name) or ()):
+    def _says_sizes_once(self) -> "IsoflopSpec":
+        if (self.params is None) == (self.tokens_per_parameter is None):
+            raise ConfigError("isoflop: say how large models are, by params or by tokens_per_parameter")
+        for name in ("flops", self.sized_by):
+            if len(set(getattr(self, name))) != len(getattr(self, name)):
                 raise ConfigError(f"isoflop.{name}: lists a number twice")
         return self
 
-    def sizes_at(self, flops: float) -> list[float]:
-        """Numbers of parameters of the models that are given a budget, ascending."""
-        if self.params is not None:
-            return sorted(self.params)
-        middle = math.sqrt(flops / (FLOPS_PER_PRODUCT * self.ratio))
-        places = [2 * place / (self.sizes - 1) - 1 for place in range(self.sizes)]
-        return [middle * self.spread ** (place / 2) for place in places]
+    @property
+    def sized_by(self) -> str:
+        """The key that says how large models are."""
+        return "tokens_per_parameter" if self.params is None else "params"
+
+    def budgets(self) -> dict[str, BudgetSpec]:
+        """The budget of each run, under a label that says it: ``C1e13-N1.3e6``, or ``C1e13-D20N``."""
+        rest = {name: getattr(self, name) for name in ("embeddings", "resize", "aspect", "tolerance")}
+        return {
+            f"C{_short(flops)}-{_size(self.sized_by, size)}": BudgetSpec(flops=flops, **{self.sized_by: size}, **rest)
+            for flops in sorted(self.flops)
+            for size in sorted(getattr(self, self.sized_by))
+        }
 
 
 def isoflop(values: Mapping[str, Any], spec: IsoflopSpec, name: str = "") -> dict[str, Fitted]:
     """The runs of one architecture: label → what to add to its overrides.
 
-    Each label says budget and size, ``C1e13-N1.3e6``. Columns are those of `Fitted`, and `budget_flops` and
-    `budget_params`, what was asked for.
+    Columns are those of `Fitted`, and `budget_flops`, what was asked for.
 
     Args:
         values: the architecture's composed config of `train`, plain.
@@ -71,29 +67,22 @@ def isoflop(values: Mapping[str, Any], spec: IsoflopSpec, name: str = "") -> dic
     """
     found: dict[str, Fitted] = {}
     faults: list[str] = []
-    for flops in sorted(spec.flops):
-        for params in spec.sizes_at(flops):
-            label = f"C{_short(flops)}-N{_short(params)}"
-            budget = BudgetSpec(
-                params=params,
-                flops=flops,
-                embeddings=spec.embeddings,
-                aspect=spec.aspect,
-                tolerance=spec.tolerance,
-            )
-            try:
-                fitted = fit(values, budget, f"{name}-{label}" if name else label)
-            except ConfigError as error:
-                faults.append(str(error))
-                continue
-            columns = {"budget_flops": flops, "budget_params": params, **fitted.columns}
-            found[label] = replace(fitted, columns=columns)
-    if faults:
-        raise ConfigError("\n".join(faults[:3] + ([f"and {len(faults) - 3} more"] if len(faults) > 3 else [])))
+    for label, budget in spec.budgets().items():
+        try:
+            fitted = fit(values, budget, f"{name}-{label}" if name else label)
+        except ConfigError as error:
+            faults.append(str(error))
+            continue
+        found[label] = replace(fitted, columns={"budget_flops": budget.flops, **fitted.columns})
+    raise_all(faults)
     return found
+
+
+def _size(name: str, size: float) -> str:
+    return f"N{_short(size)}" if name == "params" else f"D{size:g}N"
 
 
 def _short(number: float) -> str:
     """``1.3e6``."""
-    figures, power = f"{number:.1e}".split("e")
-    return f"{figures.removesuffix('.0')}e{int(power)}"
+    figures, power = f"{number:.3e}".split("e")
+    return f"{float(figures):g}e{int(power)}"

@@ -13,8 +13,10 @@ from efficient_lm.sweeps.sizing import Sizable, Size
 
 MULTIPLES = (8, 4, 2, 1)
 """Of which widths and hidden sizes are multiples, the first that lands close enough."""
-CLOSE = 0.25
+CLOSE = 0.5
 """Share of the tolerance within which a hidden size need not be a multiple of less."""
+SECANTS, EXACT = 5, 1e-4
+"""Steps towards the hidden size that costs what it should, and the share by which the cost may be off."""
 FURTHEST = 4.0
 """How many times larger or smaller a hidden size may become so that a width or depth fits."""
 NARROWEST, WIDEST = 8, 1 << 17
@@ -121,13 +123,9 @@ class Resizer:
             )
             return attempt.size._replace(hidden=tuple(sizes))
 
-        double = scaled(2.0, 1)
-        if not self.candidate.works(double):
+        factor = self._factor(lambda factor: scaled(factor, 1), attempt.cost, furthest)
+        if factor is None:
             return attempt
-        # Costs are linear in the hidden sizes: two models give the slope, and a third shows that it is right.
-        slope = self._tried(double).cost - attempt.cost
-        factor = 1 + (self.target.value - attempt.cost) / slope if slope > 0 else 1.0
-        factor = min(max(factor, 1 / furthest), furthest)
         found = []
         for multiple in MULTIPLES:
             size = scaled(factor, multiple)
@@ -136,6 +134,27 @@ class Resizer:
                 if self._close(found[-1]):
                     break
         return min(found, key=lambda attempt: abs(self.target.deviation(attempt)), default=attempt)
+
+    def _factor(self, size: Callable[[float], Size], cost: float, furthest: float) -> float | None:
+        """By how much hidden sizes are to be changed: secants, of which one suffices where the cost is linear in them.
+
+        Args:
+            size: by factor.
+            cost: at factor 1.
+        """
+        before, factor = (1.0, cost), 2.0
+        for _ in range(SECANTS):
+            if not self.candidate.works(size(factor)):
+                return None
+            here = self._tried(size(factor))
+            rise = (here.cost - before[1]) / (factor - before[0]) if factor != before[0] else 0.0
+            if rise <= 0:
+                break
+            wanted = factor + (self.target.value - here.cost) / rise
+            before, factor = (factor, here.cost), min(max(wanted, 1 / furthest), furthest)
+            if abs(here.cost / self.target.value - 1) < EXACT or factor == before[0]:
+                break
+        return factor
 
     def _close(self, attempt: Attempt) -> bool:
         return abs(self.target.deviation(attempt)) <= CLOSE * self.target.tolerance
