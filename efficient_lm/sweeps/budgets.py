@@ -288,7 +288,7 @@ def _columns(config: RunConfig, budget: BudgetSpec, measured: Seconds | None) ->
         "embedding_parameters": embedding_parameters(model),
         "width": config.model.width,
         "layers": len(model.layers),
-        "hidden": None if not hidden else hidden[0] if len(set(hidden)) == 1 else [min(hidden), max(hidden)],
+        "hidden": None if not hidden else hidden[0] if len(set(hidden)) == 1 else f"{min(hidden)} to {max(hidden)}",
         "flops_per_token": forward_flops_per_token(config, model),
         "steps": config.train.steps,
         "tokens": Portions(config.train).tokens(),
@@ -319,6 +319,8 @@ def _named(name: str) -> Iterator[None]:
         raise ConfigError(f"{name}: {error}" if name else str(error)) from error
 
 
-def _as_text(value: int | list[int]) -> str:
-    """As an override has it."""
+def _as_text(value: Any) -> str:
+    """A number, a list or a mapping as an override has it."""
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{key}: {_as_text(inner)}" for key, inner in value.items()) + "}"
     return str(value).replace(" ", "")

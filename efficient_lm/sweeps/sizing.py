@@ -45,7 +45,7 @@ class Sizable:
     def __init__(self, values: Mapping[str, Any]):
         self.config = with_vocabulary_known(validate(RunConfig, values))
         self.given = Size(self.config.model.width, self.config.model.repeats)
-        self._values = self.config.model.dump()
+        self._given, self._values = values["model"], self.config.model.dump()
         self._specs: dict[Size, ModelSpec | ConfigError] = {}
         self._built: dict[Size, LanguageModel] = {}
 
@@ -91,9 +91,22 @@ class Sizable:
             changes["model.width"] = size.width
         if size.repeats != self.given.repeats:
             changes["model.repeats"] = size.repeats
-        for path, sizes in dict(size.hidden or self._kept_hidden(size)).items():
-            changes[f"model.{path}"] = sizes[0] if len(set(sizes)) == 1 else list(sizes)
+        for path, sizes in size.hidden or self._kept_hidden(size):
+            key, value = self._settable(path, sizes[0] if len(set(sizes)) == 1 else list(sizes))
+            changes[f"model.{key}"] = value
         return changes
+
+    def _settable(self, path: str, hidden: int | list[int]) -> tuple[str, Any]:
+        """The key and value that set a hidden size: a whole part where the config leaves that part to its default."""
+        *above, last = path.split(".")
+        given, part = self._given, self.config.model
+        for depth, name in enumerate(above, start=1):
+            part = part[name] if isinstance(part, Mapping) else getattr(part, name)
+            if name not in given:
+                plain = part.model_dump(mode="json", by_alias=True, serialize_as_any=True, exclude_defaults=True)
+                return ".".join(above[:depth]), {"kind": part.kind, **plain, last: hidden}
+            given = given[name]
+        return path, hidden
 
     def _made(self, size: Size) -> ModelSpec:
         spec = validate(ModelSpec, with_values({"model": self._values}, self.overrides(size))["model"], "model")

@@ -121,6 +121,12 @@ def test_a_model_without_channel_mixers_takes_the_width_or_depth_that_fits(compo
     assert found.columns["hidden"] is None and config.model.width % 4 == 0
 
 
+def test_a_part_that_the_config_leaves_to_its_default(composed):
+    bare = [*SMALL, "~model.blocks.layer.ffn.expert"]
+    found, _, _ = fitted(composed, [*bare, "ffn=moe"], params=400_000)
+    assert any(text.startswith("model.blocks.layer.ffn.expert={kind: swiglu, hidden: ") for text in found.overrides)
+
+
 @pytest.mark.parametrize("model", ["mamba2_hybrid_tiny", "hybrid_moe_tiny"])
 def test_all_blocks_of_a_layout_change_alike(composed, model):
     values = composed(f"model={model}")
