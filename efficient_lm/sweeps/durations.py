@@ -1,6 +1,7 @@
 """What all steps of a run cost, and how many steps cost what they may."""
 
 from collections.abc import Callable
+from itertools import pairwise
 
 from efficient_lm.config import RunConfig, TrainSpec
 from efficient_lm.errors import ConfigError
@@ -32,10 +33,9 @@ def forward_flops_per_token(config: RunConfig, model: LanguageModel) -> float:
 def run_seconds(train: TrainSpec, seconds: Seconds) -> float:
     """Of all steps of a run."""
     portions = Portions(train)
-    counted = [portion.step for portion in portions.portions] + [train.steps]
+    changes = pairwise([*(portion.step for portion in portions.portions), train.steps])
     return sum(
-        seconds[portion.batch] * (end - begin)
-        for portion, begin, end in zip(portions.portions, counted, counted[1:], strict=True)
+        seconds[portion.batch] * (end - begin) for portion, (begin, end) in zip(portions.portions, changes, strict=True)
     )
 
 

@@ -44,7 +44,7 @@ def training_flops(config, model):
     return run_flops_per_token(config, model) * Portions(config.train).tokens()
 
 
-@pytest.mark.quick_for("attention-swiglu", "mamba2-moe", "rg_lru-swiglu", "native_sparse-moe")
+@pytest.mark.quick_for("attention-swiglu", "mamba2-moe", "rg_lru-swiglu", "multi_latent-moe")
 @pytest.mark.parametrize("ffn", ["swiglu", "mlp", "moe"])
 @pytest.mark.parametrize("mixer", MIXERS)
 def test_every_arm_has_as_many_parameters(composed, mixer, ffn):
@@ -127,6 +127,7 @@ def test_a_part_that_the_config_leaves_to_its_default(composed):
     assert any(text.startswith("model.blocks.layer.ffn.expert={kind: swiglu, hidden: ") for text in found.overrides)
 
 
+@pytest.mark.quick_for("hybrid_moe_tiny")
 @pytest.mark.parametrize("model", ["mamba2_hybrid_tiny", "hybrid_moe_tiny"])
 def test_all_blocks_of_a_layout_change_alike(composed, model):
     values = composed(f"model={model}")
