@@ -160,12 +160,12 @@ def test_sizes_follow_from_the_width(spec, width, sizes):
 
 
 def test_cost_by_hand():
-    # Maps of two keys of 2 heads, of values and output, of β, α and the gate; taps; three products with the state.
+    # Maps of two keys of 2 heads, of values and output, of β, α and the gate; taps; three products with the state, decay.
     maps = 2 * 32 * (2 * 2 * 5 + 2 * 4 * 6 + 4 + 4 + 4 * 6)
     spec = GatedDeltaNetSpec(**SIZES)
-    assert spec.flops_per_token(32, 999) == maps + 2 * 4 * (20 + 24) + 6 * 4 * 5 * 6
+    assert spec.flops_per_token(32, 999) == maps + 2 * 4 * (20 + 24) + 7 * 4 * 5 * 6
     low_rank = 2 * 32 * (2 * 2 * 5 + 2 * 4 * 6 + 4) + 2 * 3 * (2 * 32 + 4 * 5 + 4 * 6)
-    assert KDASpec(**SIZES, rank=3).flops_per_token(32, 9) == low_rank + 2 * 4 * (20 + 24) + 6 * 4 * 5 * 6
+    assert KDASpec(**SIZES, rank=3).flops_per_token(32, 9) == low_rank + 2 * 4 * (20 + 24) + 7 * 4 * 5 * 6
     gate = 2 * 32 * 4 * 6
     assert (
         DeltaNetSpec(**SIZES, gate=True).flops_per_token(32, 9) == DeltaNetSpec(**SIZES).flops_per_token(32, 9) + gate

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from efficient_lm.composition import compose
+
 HERE = Path(__file__).parent
 
 
@@ -70,3 +72,13 @@ def nursery():
 def table():
     """``table(folder)`` → the rows of `table.json`."""
     return lambda folder: json.loads((folder / "table.json").read_text())["rows"]
+
+
+@pytest.fixture(scope="session")
+def composed():
+    """``composed(*overrides)`` → the plain config of a training run, with a vocabulary of bytes."""
+
+    def values(*overrides):
+        return compose("train", ["tokenizer=bytes", *overrides]).values
+
+    return values

@@ -64,12 +64,15 @@ class HydraSpec(MixerSpec):
         return Hydra(self, width, init)
 
     def flops_per_token(self, width: int, context_length: int) -> float:
-        """Projections, convolution, and both recurrences in their recurrent form (2 × 2 products per state entry)."""
+        """Projections, convolution, and both recurrences token by token: 5 operations per entry of each state.
+
+        Of these, one decays, two add what the token writes, and two read.
+        """
         inner = self.inner_size(width)
         heads = inner // self.head_size
         read = 2 * inner + DIRECTIONS * (2 * self.state_size + heads)
         convolved = inner + DIRECTIONS * 2 * self.state_size
-        recurrences = DIRECTIONS * 4.0 * inner * self.state_size
+        recurrences = DIRECTIONS * 5.0 * inner * self.state_size
         return 2.0 * width * read + 2 * self.convolution * convolved + recurrences + 2.0 * inner * (heads + width)
 
 

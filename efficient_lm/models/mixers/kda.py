@@ -40,8 +40,10 @@ class KDASpec(DeltaRuleSpec):
         return KDA(self, width, init)
 
     def flops_per_token(self, width: int, context_length: int) -> float:
+        """As without a gate and a decay, with their maps, and one operation per entry of the state that decays."""
         sizes = self.resolved(width)
         own = 2.0 * sizes.rank * (2 * width + sizes.heads * (sizes.key_size + sizes.value_size))
+        own += sizes.heads * sizes.key_size * sizes.value_size
         return super().flops_per_token(width, context_length) + own
 
 
