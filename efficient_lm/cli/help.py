@@ -15,6 +15,7 @@ VERBS = (
     "merge",
     "extract",
     "verify",
+    "report",
     "coordinate_check",
     "benchmark",
     "schema",
