@@ -24,7 +24,7 @@ class Started:
     def output(self, index: int) -> str:
         return self.files[index].read_text()
 
-    def wait(self, seconds: float = 120) -> list[int]:
+    def wait(self, seconds: float = 300) -> list[int]:
         """The exit statuses of all; whoever is not done in time is killed, and fails the test."""
         deadline = time.monotonic() + seconds
         try:
@@ -34,7 +34,7 @@ class Started:
             said = "\n".join(f"--- {index}\n{self.output(index)[-2000:]}" for index in range(len(self.popens)))
             raise AssertionError(f"still running after {seconds} s\n{said}") from None
 
-    def until(self, condition: Callable[[], Any], seconds: float = 120) -> None:
+    def until(self, condition: Callable[[], Any], seconds: float = 300) -> None:
         """Wait for something that the processes do."""
         deadline = time.monotonic() + seconds
         while not condition():

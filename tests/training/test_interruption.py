@@ -11,7 +11,8 @@ import pytest
 from efficient_lm.training.interruption import Interruption
 
 BUSY = """
-import ctypes, sys, time
+import ctypes, signal, sys, time
+signal.alarm(100)  # Whatever the test comes to, this process ends.
 from efficient_lm.training.interruption import Interruption
 with Interruption() as interruption:
     print("ready", flush=True)

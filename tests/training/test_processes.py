@@ -185,7 +185,7 @@ def test_divergence_and_the_end_of_time_are_seen_by_all(processes, tmp_path):
 
 @pytest.mark.slow
 def test_misuse_is_told_in_a_line(processes, tmp_path):
-    alone = processes(2, 1, arguments(tmp_path / "a", **{"train.start_timeout": 2}), JAX_NUM_PROCESSES="3")
+    alone = processes(2, 1, arguments(tmp_path / "a", **{"train.start_timeout": 20}), JAX_NUM_PROCESSES="3")
     half = processes(2, 1, arguments(tmp_path / "b"), JAX_COORDINATOR_ADDRESS=None)
     other = processes(2, 1, lambda index: arguments(tmp_path / "c", **{"run.seed": index}))
     assert alone.wait() == [6, 6] and half.wait() == [2, 2] and other.wait() == [2, 2]
