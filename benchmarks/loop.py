@@ -100,7 +100,7 @@ class LoopArm:
     def save(self) -> float:
         """Seconds that a checkpoint holds up the run."""
         start = time.perf_counter()
-        self.session.save(self.state)
+        self.session.save(self.state, going_on=True)
         return time.perf_counter() - start
 
 

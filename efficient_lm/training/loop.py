@@ -63,7 +63,7 @@ def _train(setup: Setup, clock: Clock) -> dict[str, Any]:
                 if evaluating:
                     session.validate(state, config.train.evaluate_rows)
                 if saving:
-                    session.save(state)
+                    session.save(state, going_on=True)
             session.settle()
             session.save(state)
             if session.complete:

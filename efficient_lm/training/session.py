@@ -200,8 +200,12 @@ class Session:
             if row is not None:
                 self.rows.write(row)
 
-    def save(self, state: dict[str, Any]) -> None:
-        """Begin a checkpoint of this step, whose rows are on disk before; none of a step that is to be forgotten."""
+    def save(self, state: dict[str, Any], going_on: bool = False) -> None:
+        """Begin a checkpoint of this step, whose rows are on disk before; none of a step that is to be forgotten.
+
+        Args:
+            going_on: whether another step follows.
+        """
         if self.harm is not None:
             return
         self.rows.settle()
@@ -213,9 +217,8 @@ class Session:
         if self.progress.solved:
             record["solved_at_accuracy"] = self.setup.config.train.stop_at_accuracy
         with self.clock.measure("checkpoint"):
-            self.checkpoints.save(
-                self.progress.step, as_items({name: value for name, value in state.items() if name != "spikes"}), record
-            )
+            items = as_items({name: value for name, value in state.items() if name != "spikes"})
+            self.checkpoints.save(self.progress.step, items, record, going_on)
         self.sessions.beat(self.progress.step, self.clock.seconds())
 
     def rescue(self, state: dict[str, Any], shared: bool) -> str:
