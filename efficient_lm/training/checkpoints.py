@@ -310,17 +310,22 @@ def as_state(items: dict[str, Any]) -> dict[str, Any]:
 
 
 def load_parameters(
-    folder: Path, declarations: Parameters, step: int | None = None, averaged: bool = False
+    folder: Path,
+    declarations: Parameters,
+    step: int | None = None,
+    averaged: bool = False,
+    device: jax.Device | None = None,
 ) -> tuple[Parameters, dict]:
-    """Parameters alone (float32, on the default device) and the record of a checkpoint, the newest good one by default.
+    """Parameters alone (float32) and the record of a checkpoint, the newest good one by default.
 
     Args:
         averaged: take their moving average instead.
+        device: where they go; by default to the first there is.
 
     Raises:
         CheckpointError: as `restore_from`.
     """
-    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    here = jax.sharding.SingleDeviceSharding(device or jax.local_devices()[0])
 
     def abstract(declaration: Declaration) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(declaration.shape, np.float32, sharding=here)

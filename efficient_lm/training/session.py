@@ -15,6 +15,7 @@ from efficient_lm.elastic.nesting import NoNestingSpec
 from efficient_lm.elastic.sizes import plot_sizes, sizes
 from efficient_lm.errors import DivergedError
 from efficient_lm.models.parameters import count_parameters
+from efficient_lm.runtime import host_device
 from efficient_lm.training.accounting import run_flops_per_token
 from efficient_lm.training.checkpoints import Checkpoints, as_items
 from efficient_lm.training.clock import Clock
@@ -157,7 +158,8 @@ class Session:
             )
 
     def _learning_rate(self, step: int) -> float:
-        with _beside_the_step():
+        # Computed at once: an accelerator would first end the step that was just begun.
+        with jax.default_device(host_device()):
             return float(self.setup.schedule(step - 1))
 
     def _harm(self, step: int, bad: int, spike: bool) -> Harm | None:
@@ -279,11 +281,3 @@ class Session:
 
     def _seconds(self) -> float:
         return self.seconds_before + time.monotonic() - self.began
-
-
-def _beside_the_step() -> contextlib.AbstractContextManager:
-    """Where a number is computed at once: an accelerator would first end the step that was just begun."""
-    try:
-        return jax.default_device(jax.local_devices(backend="cpu")[0])
-    except RuntimeError:  # JAX_PLATFORMS leaves the CPU out.
-        return contextlib.nullcontext()
