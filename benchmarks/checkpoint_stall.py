@@ -8,8 +8,8 @@ Rounds of a few steps without a save, then of a save and steps until all of it i
 process and with donated state as in training. In percent of a step without a save in the same round: `blocking` is the
 call of `Checkpoints.save`; `stall` is that and what the first step after it takes longer; `worst` is the most that a
 step takes longer while the save is written, the call counted with the first; `cost` is all that these steps take
-longer, and `spread` that over their number. The first save of a process, which takes memory that later ones use again,
-is shown by itself. Seconds are the wall's; `processor` is the time of all threads, which other work disturbs less.
+longer, and `spread` that over their number. The first save of a process is shown by itself. Seconds are the wall's;
+`processor` is the time of all threads, which other work disturbs less.
 """
 
 import argparse
@@ -62,6 +62,7 @@ class Loop:
 def rounds(loop: Loop, options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     """Of every round: (wall, processor) seconds of steps without a save, of the call, and of the steps after it."""
     checkpoints, found = Checkpoints(folder, Retention(1)), []
+    checkpoints.prepare(loop.items())
     for number in range(options.rounds + 1):
         plain = [loop.timed() for _ in range(options.steps)]
         wall, work = time.perf_counter(), time.process_time()

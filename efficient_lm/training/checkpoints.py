@@ -75,6 +75,10 @@ class Checkpoints:
         inside = self.folder.iterdir() if self.folder.is_dir() else ()
         return sorted(int(found.name) for found in inside if found.name.isdigit() and found.is_dir())
 
+    def prepare(self, items: dict[str, Any]) -> None:
+        """Take the memory that saving such items needs while steps go on."""
+        self._staging.copied(items)
+
     def save(self, step: int, items: dict[str, Any], record: dict[str, Any], going_on: bool = False) -> None:
         """Begin writing `items` (see `as_items`) and a JSON `record`; returns when the arrays may be reused.
 

@@ -202,6 +202,12 @@ class Session:
             if row is not None:
                 self.rows.write(row)
 
+    def prepare_saves(self, state: dict[str, Any]) -> None:
+        """Take the memory that saves need, if there will be any while steps go on."""
+        train = self.setup.config.train
+        if self.progress.step + train.checkpoint_every < min(train.steps, train.stop_at or train.steps):
+            self.checkpoints.prepare(_saved(state))
+
     def save(self, state: dict[str, Any], going_on: bool = False) -> None:
         """Begin a checkpoint of this step, whose rows are on disk before; none of a step that is to be forgotten.
 
@@ -219,8 +225,7 @@ class Session:
         if self.progress.solved:
             record["solved_at_accuracy"] = self.setup.config.train.stop_at_accuracy
         with self.clock.measure("checkpoint"):
-            items = as_items({name: value for name, value in state.items() if name != "spikes"})
-            self.checkpoints.save(self.progress.step, items, record, going_on)
+            self.checkpoints.save(self.progress.step, _saved(state), record, going_on)
         self.sessions.beat(self.progress.step, self.clock.seconds())
 
     def rescue(self, state: dict[str, Any], shared: bool) -> str:
@@ -281,3 +286,8 @@ class Session:
 
     def _seconds(self) -> float:
         return self.seconds_before + time.monotonic() - self.began
+
+
+def _saved(state: dict[str, Any]) -> dict[str, Any]:
+    """What of a state is among a checkpoint's arrays, and not in its record."""
+    return as_items({name: value for name, value in state.items() if name != "spikes"})
