@@ -119,7 +119,7 @@ def _branched(setup: Setup, checkpoints: Checkpoints) -> tuple[State, Progress]:
         )
     begun = _gone_on(setup, before, (items, record), f"branching off {source.path}")
     # Whatever becomes of the other run: started again, this one begins where it began.
-    checkpoints.save(record["step"], items, record, going_on=True)
+    checkpoints.save(record["step"], items, record)
     return begun
 
 
