@@ -4,10 +4,12 @@
     python benchmarks/checkpoint_stall.py                  # a Llama of 100 M parameters: 1.2 GB of state with AdamW
     python benchmarks/checkpoint_stall.py --batch 32 --time 1024 --dtype bfloat16     # an accelerator
 
-Rounds of a few steps without a save, then of a save and as many steps, in one process and with donated state as in
-training. `blocking` is the call of `Checkpoints.save`; `stall` is that and what the step after it takes longer than a
-step without a save, over such a step; `cost` is the same of all steps until everything is on disk, checksums included.
-Seconds are the wall's; `processor` is the time of all threads, which a shared machine disturbs less.
+Rounds of a few steps without a save, then of a save and steps until all of it is on disk, checksums included, in one
+process and with donated state as in training. In percent of a step without a save in the same round: `blocking` is the
+call of `Checkpoints.save`; `stall` is that and what the first step after it takes longer; `worst` is the most that a
+step takes longer while the save is written, the call counted with the first; `cost` is all that these steps take
+longer, and `spread` that over their number. The first save of a process is shown by itself. Seconds are the wall's;
+`processor` is the time of all threads, which other work disturbs less.
 """
 
 import argparse
@@ -60,51 +62,56 @@ class Loop:
 def rounds(loop: Loop, options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     """Of every round: (wall, processor) seconds of steps without a save, of the call, and of the steps after it."""
     checkpoints, found = Checkpoints(folder, Retention(1)), []
-    for number in range(1, options.rounds + 1):
+    checkpoints.prepare(loop.items())
+    for number in range(options.rounds + 1):
         plain = [loop.timed() for _ in range(options.steps)]
         wall, work = time.perf_counter(), time.process_time()
-        checkpoints.save(number, loop.items(), {"step": number})
+        checkpoints.save(number, loop.items(), {"step": number}, going_on=True)
         saving = (time.perf_counter() - wall, time.process_time() - work)
-        after = [loop.timed() for _ in range(options.steps)]
-        left = time.perf_counter()
-        checkpoints.wait()
-        left = time.perf_counter() - left
-        found.append({"plain": plain, "saving": saving, "after": after, "left_seconds": left})
+        began, after = time.perf_counter(), []
+        while checkpoints.writing:
+            after.append(loop.timed())
+        found.append({"plain": plain, "saving": saving, "after": after, "writing": time.perf_counter() - began})
         print(" ".join(f"{name} {value}" for name, value in found[-1].items()), flush=True)
     checkpoints.close()
     return found
 
 
-def figures(found: list[dict[str, Any]]) -> dict[str, float]:
-    """Medians over the rounds; percentages are of a step without a save in the same round."""
-
-    def over(measure: int, steps: slice) -> list[float]:
-        each = []
-        for row in found:
-            plain = statistics.median(step[measure] for step in row["plain"])
-            excess = sum(step[measure] - plain for step in row["after"][steps])
-            each.append(100 * (row["saving"][measure] + excess) / plain)
-        return each
-
-    plain = [step for row in found for step in row["plain"]]
-    results = {
-        "step_seconds": statistics.median(wall for wall, _ in plain),
-        "blocking_seconds": statistics.median(row["saving"][0] for row in found),
-        "left_seconds": statistics.median(row["left_seconds"] for row in found),
-        "blocking_percent": statistics.median(
-            100 * row["saving"][0] / statistics.median(wall for wall, _ in row["plain"]) for row in found
-        ),
-        "stall_percent": statistics.median(over(0, slice(1))),
-        "cost_percent": statistics.median(over(0, slice(None))),
-        "processor_stall_percent": statistics.median(over(1, slice(1))),
-        "processor_cost_percent": statistics.median(over(1, slice(None))),
+def summed(row: dict[str, Any], measure: int = 0) -> dict[str, float]:
+    """The figures of one round, of the wall's seconds or of the processor's."""
+    plain = statistics.median(step[measure] for step in row["plain"])
+    blocking = 100 * row["saving"][measure] / plain
+    each = [100 * (step[measure] / plain - 1) for step in row["after"]] or [0.0]
+    each[0] += blocking
+    return {
+        "step_seconds": plain,
+        "blocking_percent": blocking,
+        "stall_percent": each[0],
+        "worst_percent": max(each),
+        "spread_percent": statistics.mean(each),
+        "cost_percent": sum(each),
     }
+
+
+def figures(found: list[dict[str, Any]]) -> dict[str, float]:
+    """Medians over the rounds behind the first, and the first."""
+    first, *rest = found
+
+    def medians(measure: int) -> dict[str, float]:
+        each = [summed(row, measure) for row in rest]
+        return {name: statistics.median(row[name] for row in each) for name in each[0]}
+
+    results = medians(0) | {f"processor_{name}": value for name, value in medians(1).items()}
+    results["blocking_seconds"] = statistics.median(row["saving"][0] for row in rest)
+    results["writing_seconds"] = statistics.median(row["writing"] for row in rest)
+    results["writing_steps"] = statistics.median(len(row["after"]) for row in rest)
+    results |= {f"first_{name}": value for name, value in summed(first).items() if name != "step_seconds"}
     return {name: round(value, 3) for name, value in results.items()}
 
 
 def parse() -> argparse.Namespace:
     parser = shapes(__doc__, hidden=2048)
-    parser.set_defaults(width=768, layers=12, heads=12, vocabulary=10240, batch=4, time=256, rounds=3, steps=2)
+    parser.set_defaults(width=768, layers=12, heads=12, vocabulary=10240, batch=4, time=256, rounds=3, steps=3)
     parser.add_argument("--folder", type=Path, help="where checkpoints go for the time; default: the system's for such")
     options = parser.parse_args()
     options.architecture = "llama"

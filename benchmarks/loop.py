@@ -25,8 +25,9 @@ from efficient_lm.models.parameters import count_parameters
 from efficient_lm.training.checkpoints import Checkpoints
 from efficient_lm.training.clock import Clock, stepping_seconds
 from efficient_lm.training.interruption import Interruption
+from efficient_lm.training.progress import Progress
 from efficient_lm.training.run_directory import RunDirectory
-from efficient_lm.training.session import Progress, Session
+from efficient_lm.training.session import Session
 from efficient_lm.training.setup import Setup, prepare
 
 LOG_EVERY = 10
@@ -73,11 +74,11 @@ class LoopArm:
     def __init__(self, setup: Setup, run: RunDirectory):
         self.clock, self.state = Clock(), setup.fresh_state()
         self.session = Session(setup, run, Checkpoints(run.checkpoints), Progress(), self.clock, Interruption())
-        self.session.console.show = lambda row: None
+        self.session.rows.console.show = lambda row: None
         self.batches = batches_of(setup, self.clock)
         self.clock.begin()
         self.logging: list[float] = []
-        self.session._write = self._timed(self.session._write)
+        self.session.rows.write = self._timed(self.session.rows.write)
 
     def _timed(self, write: Any) -> Any:
         def timed(row: dict[str, Any]) -> None:
@@ -99,7 +100,7 @@ class LoopArm:
     def save(self) -> float:
         """Seconds that a checkpoint holds up the run."""
         start = time.perf_counter()
-        self.session.save(self.state)
+        self.session.save(self.state, going_on=True)
         return time.perf_counter() - start
 
 

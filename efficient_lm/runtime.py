@@ -7,7 +7,10 @@ import os
 import platform
 import sys
 from pathlib import Path
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
+
+if TYPE_CHECKING:
+    import jax
 
 
 def cache_root() -> Path:
@@ -52,6 +55,16 @@ def configure_logging() -> None:
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("efficient_lm").setLevel(logging.INFO)
     logging.getLogger("absl").setLevel(logging.ERROR)
+
+
+def host_device() -> "jax.Device":
+    """A device whose memory is the host's; the default one where ``JAX_PLATFORMS`` leaves CPUs out."""
+    import jax
+
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError:
+        return jax.local_devices()[0]
 
 
 def surroundings(*packages: str) -> dict[str, object]:

@@ -42,6 +42,19 @@ def heeding_signals() -> Iterator[None]:
 
 
 @pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """``run(*arguments)`` → exit status of the command line, what was printed, and what was said of faults."""
+    from efficient_lm.cli import main as cli
+
+    def command(*arguments: Any) -> tuple[int, str, str]:
+        status = cli.main([str(argument) for argument in arguments])
+        printed = capsys.readouterr()
+        return status, printed.out, printed.err
+
+    return command
+
+
+@pytest.fixture
 def optimized() -> Iterator[None]:
     """Programs are compiled as a user's are: their sums are rounded less often."""
     import jax

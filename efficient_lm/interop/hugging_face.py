@@ -12,6 +12,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from efficient_lm.data.tokenizers import (
@@ -100,8 +101,8 @@ class Description:
     origin: Origin
     where: str
 
-    def read(self) -> Parameters:
-        """Every parameter, float32, on the default device. Raises `CheckpointError`."""
+    def read(self, device: jax.Device | None = None) -> Parameters:
+        """Every parameter, float32, on a device, the first there is by default. Raises `CheckpointError`."""
         rates = self.family.applied_dropouts(self.origin.config)
         if rates:
             log.info("%s: %s: dropout is not applied in training here", self.where, ", ".join(rates))
@@ -112,7 +113,7 @@ class Description:
             raise CheckpointError(
                 f"{self.where}: config.json describes {stated:,} parameters, and the files hold {stored:,}"
             )
-        return read_parameters(self.family, model, self.tensors, self.where)
+        return read_parameters(self.family, model, self.tensors, self.where, device)
 
     def _check_constants(self) -> None:
         """Raises `CheckpointError` for a tensor that is no parameter here and has other values than the config says."""

@@ -100,8 +100,12 @@ def _entries(tensors: Sequence[Tensor], places: dict[str, _Place]) -> list[Entry
     return found
 
 
-def read_parameters(family: Family, model: LanguageModel, source: TensorSource, where: str) -> Parameters:
-    """float32 parameters on the default device. Peak host memory: the parameters and one piece of a tensor.
+def read_parameters(
+    family: Family, model: LanguageModel, source: TensorSource, where: str, device: jax.Device | None = None
+) -> Parameters:
+    """float32 parameters on a device, the first there is by default.
+
+    Peak host memory: the parameters and one piece of a tensor.
 
     Raises:
         CheckpointError: a tensor that is missing, unexpected, or of another shape.
@@ -112,7 +116,9 @@ def read_parameters(family: Family, model: LanguageModel, source: TensorSource, 
         _read(entry, arrays, source, names.take(entry.tensor), where)
     names.check_all_taken()
     # Moved one by one: on an accelerator, each host array is freed when its copy has arrived.
-    return map_declarations_with_path(lambda path, _: _on_device(arrays.pop(path)), model.declarations)
+    device = device or jax.local_devices()[0]
+    place = lambda path, _: jax.device_put(arrays.pop(path), device, may_alias=True)  # noqa: E731
+    return map_declarations_with_path(place, model.declarations)
 
 
 class Names:
@@ -246,7 +252,3 @@ def _aligned(shape: tuple[int, ...]) -> np.ndarray:
     raw = np.empty(size + _ALIGNMENT, np.uint8)
     start = -raw.ctypes.data % _ALIGNMENT
     return raw[start : start + size].view(np.float32).reshape(shape)
-
-
-def _on_device(array: np.ndarray) -> jax.Array:
-    return jax.device_put(array, jax.local_devices()[0], may_alias=True)

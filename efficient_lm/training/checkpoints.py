@@ -28,8 +28,10 @@ from efficient_lm.models.parameters import Declaration, Parameters, is_declarati
 from efficient_lm.training import manifests
 from efficient_lm.training.chunks import oversized
 from efficient_lm.training.fit import check_state
+from efficient_lm.training.priority import give_way
 from efficient_lm.training.processes import exchange, from_main, is_main
 from efficient_lm.training.retention import Retention
+from efficient_lm.training.staging import Staging
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +60,7 @@ class Checkpoints:
         self.folder, self._retention = folder.absolute(), retention
         self._unfinished = self.folder / UNFINISHED
         self._pending: Future | None = None
-        self._thread = ThreadPoolExecutor(1, "checkpoints")
+        self._thread, self._staging = ThreadPoolExecutor(1, "checkpoints"), Staging()
         self._verified: dict[int, tuple] = {}
         self._context = ocp.Context()
         # Floats shrink by a twelfth, and the processors that compress them are those that step.
@@ -73,8 +75,16 @@ class Checkpoints:
         inside = self.folder.iterdir() if self.folder.is_dir() else ()
         return sorted(int(found.name) for found in inside if found.name.isdigit() and found.is_dir())
 
-    def save(self, step: int, items: dict[str, Any], record: dict[str, Any]) -> None:
-        """Begin writing `items` (see `as_items`) and a JSON `record`; returns when the arrays may be reused."""
+    def prepare(self, items: dict[str, Any]) -> None:
+        """Take the memory that saving such items needs while steps go on."""
+        self._staging.copied(items)
+
+    def save(self, step: int, items: dict[str, Any], record: dict[str, Any], going_on: bool = False) -> None:
+        """Begin writing `items` (see `as_items`) and a JSON `record`; returns when the arrays may be reused.
+
+        Args:
+            going_on: whether a step follows that they are donated to.
+        """
         self.wait()
         if from_main(lambda: step in self.steps):
             return  # A run that is asked to go on when it is complete saves nothing twice.
@@ -82,17 +92,21 @@ class Checkpoints:
         try:
             self._check_space(items)
             self._unfinished.mkdir(parents=True, exist_ok=True)
-            with self._context:
-                writing = ocp.save_checkpointables_async(
-                    self._unfinished / str(step), items, overwrite=True, custom_metadata=record
-                )
+            items = self._staging.copied(items) if going_on else items
+            # In the thread, so that what Orbax starts has its priority.
+            writing = self._thread.submit(self._begin, step, items, record).result()
         except Exception as error:
             self._fail(error)
         self._pending = self._thread.submit(self._complete, writing, step)
 
+    @property
+    def writing(self) -> bool:
+        """Whether a save is going on."""
+        return self._pending is not None and not self._pending.done()
+
     def check(self) -> None:
         """Raise what went wrong with a save that has ended; waits for none."""
-        if self._pending is not None and self._pending.done():
+        if not self.writing:
             self.wait()
 
     def wait(self) -> None:
@@ -163,6 +177,13 @@ class Checkpoints:
             self._thread.shutdown()
             if self._retention is not None and is_main():
                 shutil.rmtree(self._unfinished, ignore_errors=True)
+
+    def _begin(self, step: int, items: dict[str, Any], record: dict[str, Any]) -> ocp.AsyncResponse:
+        give_way()
+        with self._context:
+            return ocp.save_checkpointables_async(
+                self._unfinished / str(step), items, overwrite=True, custom_metadata=record
+            )
 
     def _complete(self, writing: ocp.AsyncResponse, step: int) -> None:
         """What follows when Orbax has written: the manifest, the name, and what is kept. In a thread."""
@@ -293,17 +314,22 @@ def as_state(items: dict[str, Any]) -> dict[str, Any]:
 
 
 def load_parameters(
-    folder: Path, declarations: Parameters, step: int | None = None, averaged: bool = False
+    folder: Path,
+    declarations: Parameters,
+    step: int | None = None,
+    averaged: bool = False,
+    device: jax.Device | None = None,
 ) -> tuple[Parameters, dict]:
-    """Parameters alone (float32, on the default device) and the record of a checkpoint, the newest good one by default.
+    """Parameters alone (float32) and the record of a checkpoint, the newest good one by default.
 
     Args:
         averaged: take their moving average instead.
+        device: where they go; by default to the first there is.
 
     Raises:
         CheckpointError: as `restore_from`.
     """
-    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    here = jax.sharding.SingleDeviceSharding(device or jax.local_devices()[0])
 
     def abstract(declaration: Declaration) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(declaration.shape, np.float32, sharding=here)

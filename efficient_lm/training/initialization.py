@@ -20,6 +20,7 @@ from efficient_lm.interop.hugging_face import Origin
 from efficient_lm.interop.sources import is_published, open_published
 from efficient_lm.models.language_model import LanguageModel, ModelSpec
 from efficient_lm.models.parameters import Declaration, Parameters, map_declarations, parameter_table
+from efficient_lm.runtime import host_device
 from efficient_lm.training.checkpoints import load_parameters
 from efficient_lm.training.run_directory import locate
 from efficient_lm.validation import validate
@@ -76,16 +77,20 @@ def sections(source: str, whole: bool = False) -> dict[str, Any]:
 
 
 def read_source(path: Path) -> Source:
-    """The model at a path, with its parameters. Raises `CheckpointError` or `ConfigError`, as `efficient_lm.load`."""
+    """The model at a path, with its parameters in the host's memory: no accelerator need hold them whole.
+
+    Raises:
+        CheckpointError, ConfigError: as `efficient_lm.load`.
+    """
     if is_published(path):
         found = open_published(path)
         described = found.described
         model = described.spec.build()
-        return Source(str(path), model, described.read(), found.tokenizer, described.origin, found.context)
+        return Source(str(path), model, described.read(host_device()), found.tokenizer, described.origin, found.context)
     run, step = locate(path)
     config = _config(run.config)
     model = config.model.build()
-    params, _ = load_parameters(run.checkpoints, model.declarations, step)
+    params, _ = load_parameters(run.checkpoints, model.declarations, step, device=host_device())
     length = config.model.learned_positions or config.train.sequence_length
     return Source(str(path), model, params, load_tokenizer(run.tokenizer), Origin.load(run.origin), length)
 

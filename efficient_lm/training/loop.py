@@ -46,6 +46,7 @@ def _train(setup: Setup, clock: Clock) -> dict[str, Any]:
             if progress.unvalidated:
                 session.validate(state, config.train.evaluate_rows)
             batches = session.batches()
+            session.prepare_saves(state)
             clock.begin()
             stop = Agreement(lambda: int(interruption.signal or session.out_of_time))
             while not session.at_end and not stop.reached(progress.step):
@@ -63,7 +64,7 @@ def _train(setup: Setup, clock: Clock) -> dict[str, Any]:
                 if evaluating:
                     session.validate(state, config.train.evaluate_rows)
                 if saving:
-                    session.save(state)
+                    session.save(state, going_on=True)
             session.settle()
             session.save(state)
             if session.complete:

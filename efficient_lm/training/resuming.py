@@ -18,8 +18,8 @@ from efficient_lm.training.changes import changes
 from efficient_lm.training.checkpoints import Checkpoints, as_items, as_state, restore_from
 from efficient_lm.training.initialization import read_source
 from efficient_lm.training.processes import is_main
+from efficient_lm.training.progress import Progress
 from efficient_lm.training.run_directory import RunDirectory, locate
-from efficient_lm.training.session import Progress
 from efficient_lm.training.setup import Setup
 
 log = logging.getLogger(__name__)

@@ -1,12 +1,11 @@
-"""What one process does for a run besides stepping: rows of metrics, evaluations, checkpoints, the summary."""
+"""What one process does for a run besides stepping: what is logged, evaluated and saved when, and the summary."""
 
 import contextlib
 import logging
 import math
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -14,62 +13,26 @@ import numpy as np
 
 from efficient_lm.elastic.nesting import NoNestingSpec
 from efficient_lm.elastic.sizes import plot_sizes, sizes
-from efficient_lm.errors import DataError, DivergedError
-from efficient_lm.evaluation.bits_per_byte import evaluate
-from efficient_lm.evaluation.diagnostics import ROWS, summary
-from efficient_lm.models.parameters import Parameters, count_parameters
+from efficient_lm.errors import DivergedError
+from efficient_lm.models.parameters import count_parameters
+from efficient_lm.runtime import host_device
 from efficient_lm.training.accounting import cache_bytes, run_flops_per_token
 from efficient_lm.training.checkpoints import Checkpoints, as_items
 from efficient_lm.training.clock import Clock
 from efficient_lm.training.goodput import COMPLETE, Sessions, goodput, read_sessions
 from efficient_lm.training.harm import Harm
 from efficient_lm.training.interruption import Interruption
-from efficient_lm.training.probes import PROBES_FILE
-from efficient_lm.training.processes import is_main, moving, total
-from efficient_lm.training.reporting import Console, MetricsFile, plot_loss, write_json_atomically
+from efficient_lm.training.processes import is_main
+from efficient_lm.training.progress import Progress
+from efficient_lm.training.reporting import write_json_atomically
+from efficient_lm.training.rows import Rows
 from efficient_lm.training.run_directory import RunDirectory
 from efficient_lm.training.setup import Setup
 from efficient_lm.training.spikes import noted
+from efficient_lm.training.validating import Validation
 from efficient_lm.training.watching import Watch
 
 log = logging.getLogger(__name__)
-
-FORGOTTEN_FILE = "forgotten.jsonl"
-"""Rows of steps that the run went back before."""
-
-
-class _Stopped(Exception):
-    """A signal came during an evaluation."""
-
-
-@dataclass
-class Progress:
-    """Where a run stands, on the host.
-
-    Attributes:
-        step: optimizer steps done.
-        tokens: tokens of text that counted in the loss so far; of a synthetic task, of whole rows.
-        seconds: wall time of training so far, over all sessions.
-        solved: whether the validation accuracy has reached `train.stop_at_accuracy`.
-        skipped_rows: by how many rows of data the run is ahead of its steps, because the run went back past them.
-        rollbacks: how often it did.
-        unvalidated: whether the evaluation of this step is still to be done.
-    """
-
-    step: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
-    solved: bool = False
-    skipped_rows: int = 0
-    rollbacks: int = 0
-    unvalidated: bool = False
-    last_validation: dict[str, float] = field(default_factory=dict)
-
-    @classmethod
-    def of_record(cls, record: dict[str, Any], solved: bool) -> "Progress":
-        """Where the run of a checkpoint stood."""
-        later = {name: record[name] for name in ("skipped_rows", "rollbacks", "unvalidated") if name in record}
-        return cls(record["step"], record["tokens"], record["seconds"], solved, **later)
 
 
 class Session:
@@ -91,17 +54,9 @@ class Session:
         self.setup, self.run, self.checkpoints, self.progress, self.clock = setup, run, checkpoints, progress, clock
         self.provenance = setup.provenance
         self.harm: Harm | None = None
-        self._interruption = interruption
         self._waiting: tuple[int, dict[str, jax.Array]] | None = None
-        config = setup.config
-        self.metrics, self.forgotten = MetricsFile(run.path), MetricsFile(run.path, FORGOTTEN_FILE)
-        self.probes = MetricsFile(run.path, PROBES_FILE)
-        if is_main():
-            self.console = Console(config.train.steps, progress.step)
-            again = self.metrics.resume(progress.step, self._belongs) + self.probes.resume(progress.step)
-            self.forgotten.resume(config.train.steps, self._belongs)
-            self.tracker = config.tracker.start(run.path, config.run.name, config.dump(), progress.step, again)
-        self._validated_at: int | None = None
+        self.rows = Rows(setup.config, run, progress, self.complete)
+        self._validation = Validation(setup, progress, interruption)
         self.sessions = Sessions(run.path, progress.step, clock.elapsed())
         self.watch = Watch(setup, clock, run.path, progress.step, progress.tokens)
         self.began, self.seconds_before = time.monotonic(), progress.seconds
@@ -143,11 +98,6 @@ class Session:
         """Begin the next step."""
         return self.watch.step(self.progress.step + 1, state, batch)
 
-    def _belongs(self, row: dict[str, Any]) -> bool:
-        """Whether a row does not come again, as one of a later rollback does, and the last evaluation of a run."""
-        final = self.complete and row.get("final") and row["step"] == self.progress.step
-        return row.get("rollback", 0) <= self.progress.rollbacks and not final
-
     def stepped(self, metrics: dict[str, jax.Array]) -> None:
         """Count a step that was begun, and report the one before.
 
@@ -178,7 +128,7 @@ class Session:
         self.progress.tokens += weight if reads_text else self.setup.portions.at(step - 1).tokens
         bad = int(values.pop("nonfinite"))
         if step % train.log_every == 0 or step in (1, train.steps) or bad or spike:
-            self._write(
+            self.rows.write(
                 {
                     "step": step,
                     "tokens": self.progress.tokens,
@@ -193,9 +143,8 @@ class Session:
             )
             self.sessions.beat(step, self.clock.seconds())
         seen = self.watch.read(step)
-        if seen is not None and is_main():
-            self.probes.append({"step": step, **seen})
-            self.tracker.log({"step": step, **seen}, step)
+        if seen is not None:
+            self.rows.write_probe({"step": step, **seen})
         if spike:
             done = "; it changed nothing" if train.spike.action == "skip" else ""
             log.warning("step %d stands out by %.1f deviations (train.spike)%s", step, score, done)
@@ -209,7 +158,8 @@ class Session:
             )
 
     def _learning_rate(self, step: int) -> float:
-        with _beside_the_step():
+        # Computed at once: an accelerator would first end the step that was just begun.
+        with jax.default_device(host_device()):
             return float(self.setup.schedule(step - 1))
 
     def _harm(self, step: int, bad: int, spike: bool) -> Harm | None:
@@ -226,17 +176,14 @@ class Session:
     def start_over(self, there: Progress) -> None:
         """Go on from an earlier place; rows from after it are kept apart."""
         harm, self.harm, self._waiting = self.harm, None, None
-        for row in self.metrics.cut_after(there.step) if is_main() else ():
-            self.forgotten.append(row | {"rollback": there.rollbacks})
+        self.rows.forget_after(there)
         there.seconds, there.last_validation = self.progress.seconds, self.progress.last_validation
         # The loop has the same object.
         vars(self.progress).update(vars(there))
-        self._validated_at = None
+        self._validation.forget()
         self.watch.close()
         self.watch = Watch(self.setup, self.clock, self.run.path, there.step, there.tokens)
-        if is_main():
-            self.probes.cut_after(there.step)
-        self._write(
+        self.rows.write(
             {
                 "step": there.step,
                 "rollback": there.rollbacks,
@@ -250,73 +197,35 @@ class Session:
         """Score what is held out, `rows` rows or all of it, and log the result; a signal puts it off."""
         if not self.setup.data.has_validation:
             return
-        try:
-            with self.clock.measure("evaluation"):
-                self._score(state, rows, final)
-        except (_Stopped, DataError) as error:
-            self.progress.unvalidated = not final
-            if isinstance(error, DataError):
-                raise
+        with self.clock.measure("evaluation"):
+            row = self._validation.row(state, rows, final)
+            if row is not None:
+                self.rows.write(row)
 
-    def _score(self, state: dict[str, Any], rows: int | None, final: bool) -> None:
-        data, wanted = self.setup.data, self.setup.config.train.stop_at_accuracy
+    def prepare_saves(self, state: dict[str, Any]) -> None:
+        """Take the memory that saves need, if there will be any while steps go on."""
+        train = self.setup.config.train
+        if self.progress.step + train.checkpoint_every < min(train.steps, train.stop_at or train.steps):
+            self.checkpoints.prepare(_saved(state))
 
-        def scored(scorer: Callable, params: Parameters) -> dict[str, Any]:
-            layout = self.setup.layout
-            batches = data.validation_batches(self.setup.config.train.batch_size, rows, *layout.part)
-            return evaluate(scorer, params, moving(self._until_stopped(batches)), layout.batch, total)
+    def save(self, state: dict[str, Any], going_on: bool = False) -> None:
+        """Begin a checkpoint of this step, whose rows are on disk before; none of a step that is to be forgotten.
 
-        params = self._scored_parameters(state)
-        scores = scored(self.setup.scorer, params)
-        self.progress.last_validation = {f"val_{name}": scores[name] for name in data.figures}
-        for part, cut, scorer in self.setup.smaller:
-            inside = scored(scorer, cut(params))
-            self.progress.last_validation |= {f"val_{name}_{part}": inside[name] for name in data.figures}
-        self._validated_at = self.progress.step
-        self.progress.solved = self.progress.solved or (wanted is not None and scores["accuracy"] >= wanted)
-        self.progress.unvalidated = False
-        row = {"step": self.progress.step, "tokens": self.progress.tokens, **self.progress.last_validation}
-        row |= {"final": True} if final else {}
-        self._write(row | (self._diagnose(state) if self.setup.config.train.diagnostics else {}))
-
-    def _until_stopped(self, batches: Iterable[Any]) -> Iterator[Any]:
-        for batch in batches:
-            if self._interruption.signal and jax.process_count() == 1:
-                raise _Stopped
-            yield batch
-
-    def _diagnose(self, state: dict[str, Any]) -> dict[str, float]:
-        """What a few rows of the validation data do inside the mixers."""
-        batch = next(self.setup.data.validation_batches(ROWS, limit_rows=ROWS))
-        return summary(self.setup.diagnostics.measure_batch(self._scored_parameters(state), batch))
-
-    def _scored_parameters(self, state: dict[str, Any]) -> Parameters:
-        average = self.setup.config.train.average
-        return state["average" if average is not None and average.evaluate else "parameters"]
-
-    def save(self, state: dict[str, Any]) -> None:
-        """Begin a checkpoint of this step, whose rows are on disk before; none of a step that is to be forgotten."""
+        Args:
+            going_on: whether another step follows.
+        """
         if self.harm is not None:
             return
-        self.metrics.settle()
-        record = {
-            "step": self.progress.step,
-            "tokens": self.progress.tokens,
-            "seconds": self._seconds(),
-            **self.provenance,
-        }
-        later = ("skipped_rows", "rollbacks", "unvalidated")
-        record |= {name: getattr(self.progress, name) for name in later if getattr(self.progress, name)}
+        self.rows.settle()
+        record = self.progress.record(self._seconds()) | self.provenance
         if "spikes" in state:
             record["spikes"] = noted(state["spikes"])
-        if self._validated_at == self.progress.step:
+        if self._validation.is_of_this_step:
             record["val_loss"] = self.progress.last_validation["val_loss"]
         if self.progress.solved:
             record["solved_at_accuracy"] = self.setup.config.train.stop_at_accuracy
         with self.clock.measure("checkpoint"):
-            self.checkpoints.save(
-                self.progress.step, as_items({name: value for name, value in state.items() if name != "spikes"}), record
-            )
+            self.checkpoints.save(self.progress.step, _saved(state), record, going_on)
         self.sessions.beat(self.progress.step, self.clock.seconds())
 
     def rescue(self, state: dict[str, Any], shared: bool) -> str:
@@ -332,7 +241,7 @@ class Session:
         """Write the summary and the plot of what was reached."""
         with self.clock.measure("checkpoint"):
             self.checkpoints.wait()
-        self.metrics.settle()
+        self.rows.settle()
         config = self.setup.config
         summary = {
             "run": str(self.run.path),
@@ -365,30 +274,13 @@ class Session:
         if found and all(row["bits_per_byte"] is not None for row in found):
             plot_sizes(found, self.run.path / "plots" / "sizes.png", self.run.path.absolute().name)
         write_json_atomically(self.run.summary, summary)
-        if self.metrics.path.exists():
-            plot_loss(self.run.path)
-        self.tracker.finish(summary)
+        self.rows.finish(summary)
 
     def close(self) -> None:
         """Stop the bar and wait for the disk."""
-        if is_main():
-            self.console.close()
+        self.rows.close()
         self.watch.close()
-        self.metrics.close()
-        self.probes.close()
-        self.forgotten.close()
         self.checkpoints.close()
-
-    def _write(self, row: dict[str, Any]) -> None:
-        if not is_main():
-            return
-        row = {
-            name: value if not isinstance(value, float) or math.isfinite(value) else None for name, value in row.items()
-        }
-        self.metrics.append(row)
-        if "rollback" not in row:
-            self.console.show(row)
-        self.tracker.log(row, row["step"])
 
     def _flops_per_token(self) -> float:
         """Of the steps so far, on average."""
@@ -398,9 +290,6 @@ class Session:
         return self.seconds_before + time.monotonic() - self.began
 
 
-def _beside_the_step() -> contextlib.AbstractContextManager:
-    """Where a number is computed at once: an accelerator would first end the step that was just begun."""
-    try:
-        return jax.default_device(jax.local_devices(backend="cpu")[0])
-    except RuntimeError:  # JAX_PLATFORMS leaves the CPU out.
-        return contextlib.nullcontext()
+def _saved(state: dict[str, Any]) -> dict[str, Any]:
+    """What of a state is among a checkpoint's arrays, and not in its record."""
+    return as_items({name: value for name, value in state.items() if name != "spikes"})

@@ -1,5 +1,6 @@
 """From a config to everything a run needs, before anything is written: every fault of config or data shows up here."""
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,6 +29,8 @@ from efficient_lm.training.portions import Portions
 from efficient_lm.training.probes import make_probe, parameter_sizes
 from efficient_lm.training.step import abstract_state, initial_state, make_step, state_shardings
 from kernels_pallas.target import current
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -209,6 +212,11 @@ def prepare(config: RunConfig) -> Setup:
         check_source(Path(config.init_from), model, config.init_state == "all")
     data = config.data.open(tokenizer, train.sequence_length, config.run.seed)
     schedule = schedule_of(config)
+    if config.optimizer.replaces_decay and config.schedule.end(train.steps) < 1:
+        log.warning(
+            "schedule: %s lowers the learning rate of %s, whose average of the way stands in for that; "
+            "schedule=constant leaves it to the average", config.schedule.kind, config.optimizer.kind,
+        )  # fmt: skip
     chosen = trainable(model.declarations, train.only, train.freeze, train.frozen_experts)
     growths = config.parameterization.growth(model)
     optimizer = config.optimizer.build(schedule, model.declarations, growths=growths, chosen=chosen)

@@ -8,6 +8,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlparse
@@ -36,6 +37,22 @@ class Tracker:
         """The final figures; the last call."""
 
 
+@dataclass(frozen=True)
+class Tracked:
+    """A run as it is given to a tracker.
+
+    Attributes:
+        resume_step: steps after which it goes on.
+        repeated: rows of before that will come again.
+    """
+
+    run_dir: Path
+    name: str
+    config: dict[str, Any]
+    resume_step: int = 0
+    repeated: Sequence[Row] = ()
+
+
 class TrackerSpec(Choice, role="tracker"):
     """Where a run's metrics go besides its own folder."""
 
@@ -47,8 +64,12 @@ class TrackerSpec(Choice, role="tracker"):
         resume_step: int = 0,
         repeated: Sequence[Row] = (),
     ) -> Tracker:
-        """Begin, or go on after `resume_step` steps; `repeated` are rows of before that will come again."""
-        raise TypeError(f"{type(self).__name__} does not define start")
+        """Begin, or go on: see `Tracked`."""
+        return self.begin(Tracked(Path(run_dir), name, config, resume_step, repeated))
+
+    def begin(self, run: Tracked) -> Tracker:
+        """What follows a run."""
+        raise TypeError(f"{type(self).__name__} does not define begin")
 
 
 class NoTrackerSpec(TrackerSpec):
@@ -56,14 +77,7 @@ class NoTrackerSpec(TrackerSpec):
 
     kind: Literal["none"] = "none"
 
-    def start(
-        self,
-        run_dir: str | Path,
-        name: str,
-        config: dict[str, Any],
-        resume_step: int = 0,
-        repeated: Sequence[Row] = (),
-    ) -> Tracker:
+    def begin(self, run: Tracked) -> Tracker:
         return Tracker()
 
 
@@ -77,15 +91,8 @@ class SeveralTrackersSpec(TrackerSpec):
     kind: Literal["several"] = "several"
     trackers: Annotated[dict[str, OneOf[TrackerSpec]], Field(min_length=1)]
 
-    def start(
-        self,
-        run_dir: str | Path,
-        name: str,
-        config: dict[str, Any],
-        resume_step: int = 0,
-        repeated: Sequence[Row] = (),
-    ) -> Tracker:
-        return _Several([spec.start(run_dir, name, config, resume_step, repeated) for spec in self.trackers.values()])
+    def begin(self, run: Tracked) -> Tracker:
+        return _Several([spec.begin(run) for spec in self.trackers.values()])
 
 
 class _Several(Tracker):
@@ -131,15 +138,8 @@ class TensorBoardSpec(TrackerSpec):
 
     kind: Literal["tensorboard"] = "tensorboard"
 
-    def start(
-        self,
-        run_dir: str | Path,
-        name: str,
-        config: dict[str, Any],
-        resume_step: int = 0,
-        repeated: Sequence[Row] = (),
-    ) -> Tracker:
-        return TensorBoard(Path(run_dir) / "tensorboard", config, resume_step)
+    def begin(self, run: Tracked) -> Tracker:
+        return TensorBoard(run)
 
 
 class TensorBoard(_Attempting):
@@ -147,10 +147,10 @@ class TensorBoard(_Attempting):
 
     name = "tensorboard"
 
-    def __init__(self, folder: Path, config: dict[str, Any], resume_step: int):
+    def __init__(self, run: Tracked):
         super().__init__()
         self._writer: Any = None
-        self.attempt(lambda: self._start(folder, config, resume_step))
+        self.attempt(lambda: self._start(run.run_dir / "tensorboard", run.config, run.resume_step))
 
     def log(self, row: Row, step: int) -> None:
         self.attempt(lambda: self._log(row, step))
@@ -209,15 +209,8 @@ class WandbSpec(TrackerSpec):
     tags: Listing[str] = ()
     mode: Literal["auto", "online", "offline"] = "auto"
 
-    def start(
-        self,
-        run_dir: str | Path,
-        name: str,
-        config: dict[str, Any],
-        resume_step: int = 0,
-        repeated: Sequence[Row] = (),
-    ) -> Tracker:
-        return Wandb(self, Path(run_dir), name, config, repeated)
+    def begin(self, run: Tracked) -> Tracker:
+        return Wandb(self, run)
 
 
 class Wandb(_Attempting):
@@ -225,13 +218,13 @@ class Wandb(_Attempting):
 
     name = "wandb"
 
-    def __init__(self, spec: WandbSpec, run_dir: Path, name: str, config: dict[str, Any], repeated: Sequence[Row] = ()):
+    def __init__(self, spec: WandbSpec, run: Tracked):
         super().__init__()
         self._run: Any = None
         # W&B keeps every row it was ever given: one that comes again, with the same figures, is left out.
-        known = (run_dir / RUN_ID_FILE).exists()
-        self._sent = {_identity(row, row["step"]) for row in repeated} if known else set()
-        self.attempt(lambda: self._start(spec, run_dir, name, config))
+        known = (run.run_dir / RUN_ID_FILE).exists()
+        self._sent = {_identity(row, row["step"]) for row in run.repeated} if known else set()
+        self.attempt(lambda: self._start(spec, run))
 
     def log(self, row: Row, step: int) -> None:
         if _identity(row, step) not in self._sent:
@@ -245,30 +238,30 @@ class Wandb(_Attempting):
         if worker.is_alive():
             log.warning("wandb did not finish within %d s; `wandb sync` uploads the rest", FINISH_SECONDS)
 
-    def _start(self, spec: WandbSpec, run_dir: Path, name: str, config: dict[str, Any]) -> None:
+    def _start(self, spec: WandbSpec, run: Tracked) -> None:
         import wandb
 
         mode = spec.mode if spec.mode != "auto" else _reachable_mode(wandb)
         # Neither the working folder's source nor its remote, whose address may hold a password, is the run's business.
         private = {"disable_code": True, "disable_git": True}
         settings = wandb.Settings(silent=True, console="off", init_timeout=START_SECONDS, **private)
-        run_dir.mkdir(parents=True, exist_ok=True)
+        run.run_dir.mkdir(parents=True, exist_ok=True)
         self._run = wandb.init(
             project=spec.project,
             entity=spec.entity,
             group=spec.group,
             tags=list(spec.tags),
-            name=name,
-            config=config,
-            dir=run_dir,
+            name=run.name,
+            config=run.config,
+            dir=run.run_dir,
             mode=mode,
-            id=_run_id(run_dir),
+            id=_run_id(run.run_dir),
             resume="allow" if mode == "online" else None,
             settings=settings,
         )
         # W&B's own step counter cannot go back, as a run does that resumes from its newest checkpoint.
         self._run.define_metric("*", step_metric="step")
-        log.info("wandb: %s", self._run.url if mode == "online" else f"offline in {run_dir / 'wandb'}")
+        log.info("wandb: %s", self._run.url if mode == "online" else f"offline in {run.run_dir / 'wandb'}")
 
     def _finish(self, summary: dict[str, Any]) -> None:
         self._run.summary.update(summary)

@@ -30,18 +30,6 @@ def own_process_settings(cache):
         yield
 
 
-@pytest.fixture
-def run(capsys):
-    """``run(*arguments)`` → exit status, what was printed, and what was said of faults."""
-
-    def command(*arguments):
-        status = cli.main([str(argument) for argument in arguments])
-        printed = capsys.readouterr()
-        return status, printed.out, printed.err
-
-    return command
-
-
 @pytest.fixture(scope="session")
 def numbers(tmp_path_factory):
     """A text of 40 lines."""

@@ -26,6 +26,12 @@ def checked(run, on_numbers, folder, *keys):
 
 
 @pytest.mark.slow
+def test_activations_stay_of_one_size_with_mup_and_muon(run, on_numbers, tmp_path):
+    assert checked(run, on_numbers, tmp_path / "mup", *MUP, "optimizer=muon")[0] == 0
+    assert checked(run, on_numbers, tmp_path / "standard", "optimizer=muon")[0] == 1
+
+
+@pytest.mark.slow
 def test_activations_stay_of_one_size_with_mup_and_grow_without(run, on_numbers, tmp_path):
     status, printed, found = checked(run, on_numbers, tmp_path / "mup", *MUP)
     assert status == 0 and "what training changes stays of one size" in printed

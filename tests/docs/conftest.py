@@ -5,17 +5,21 @@ import shlex
 
 import pytest
 
+from efficient_lm.cli.plan import UNREAD
 from efficient_lm.composition import compose
-from efficient_lm.config import ConvertConfig, EvaluateConfig, GenerateConfig, PlanConfig, RunConfig
+from efficient_lm.config import ConvertConfig, EvaluateConfig, GenerateConfig, PlanConfig, RunConfig, VerifyConfig
 from efficient_lm.sweeps.report.spec import ReportConfig
+from efficient_lm.training.coordinates import CoordinateCheckSpec
 from efficient_lm.upcycling.config import ExtractConfig, MergeConfig, UpcycleConfig
 from efficient_lm.validation import validate
 
 CONFIGS = {
-    "train": RunConfig, "plan": RunConfig, "evaluate": EvaluateConfig, "generate": GenerateConfig,
-    "upcycle": UpcycleConfig, "merge": MergeConfig, "extract": ExtractConfig,
-    "convert": ConvertConfig, "report": ReportConfig,
+    "train": RunConfig, "plan": RunConfig, "coordinate_check": RunConfig, "verify": RunConfig,
+    "evaluate": EvaluateConfig, "generate": GenerateConfig, "upcycle": UpcycleConfig, "merge": MergeConfig,
+    "extract": ExtractConfig, "convert": ConvertConfig, "report": ReportConfig,
 }  # fmt: skip
+ASIDE = {"plan": PlanConfig.keys(), "coordinate_check": CoordinateCheckSpec.keys(), "verify": ["steps"]}
+"""Keys that a verb has beside those of `train`."""
 
 
 def pytest_generate_tests(metafunc):
@@ -24,6 +28,8 @@ def pytest_generate_tests(metafunc):
         blocks = "\n".join(re.findall(r"```sh\n(.*?)```", metafunc.module.PAGE, re.DOTALL)).replace("\\\n", " ")
         lines = [line for line in blocks.splitlines() if line.startswith("efficient-lm")]
         commands = [shlex.split(line, comments=True)[1:] for line in lines]
+        # Three dots stand for anything else.
+        commands = [[word for word in command if word != "..."] for command in commands if command[0] in CONFIGS]
         metafunc.parametrize("shown_command", commands, ids=[" ".join(command) for command in commands])
 
 
@@ -33,14 +39,16 @@ def understood():
 
     def config(command, from_run=()):
         verb, *keys = command
+        if any(key.startswith("run=") for key in keys):
+            return validate(VerifyConfig, dict(key.split("=") for key in keys) | {"steps": None})
         # A run to begin with is not there.
-        typed = [key for key in keys if not key.startswith("init_from=")]
+        typed = [key for key in keys if not key.startswith(("init_from=", "init_state="))]
         typed += from_run if len(typed) < len(keys) else []
         # Nor are the text and the tokenizer that a plan does without.
-        typed += ["data.source.paths=[text]", "tokenizer.path=tokenizer.json"] if verb == "plan" else []
-        values = compose(verb, typed).values
-        if verb == "plan":
-            validate(PlanConfig, {key: values.pop(key) for key in PlanConfig.model_fields})
+        values = compose(verb, typed, optional=tuple(UNREAD) if verb == "plan" else ()).values
+        values = (UNREAD if verb == "plan" else {}) | values
+        if verb in ASIDE:
+            values = {key: value for key, value in values.items() if key not in ASIDE[verb]}
         return validate(CONFIGS[verb], values)
 
     return config

@@ -160,7 +160,7 @@ def test_sizes_follow_from_the_width(spec, width, sizes):
 
 
 def test_cost_by_hand():
-    # Maps of two keys of 2 heads, of values and output, of β, α and the gate; taps; three products with the state, decay.
+    # Maps of 2 keys of 2 heads, of values and output, of β, α and the gate; taps; 3 products with the state, decay.
     maps = 2 * 32 * (2 * 2 * 5 + 2 * 4 * 6 + 4 + 4 + 4 * 6)
     spec = GatedDeltaNetSpec(**SIZES)
     assert spec.flops_per_token(32, 999) == maps + 2 * 4 * (20 + 24) + 7 * 4 * 5 * 6

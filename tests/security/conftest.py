@@ -22,18 +22,6 @@ def own_process_settings(monkeypatch, tmp_path):
 
 
 @pytest.fixture
-def run(capsys):
-    """``run(*arguments)`` → exit status, what was printed, and what was said of faults."""
-
-    def command(*arguments):
-        status = cli.main([str(argument) for argument in arguments])
-        printed = capsys.readouterr()
-        return status, printed.out, printed.err
-
-    return command
-
-
-@pytest.fixture
 def canary(tmp_path):
     """A file that is there as soon as something was executed."""
     return tmp_path / "executed"

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from efficient_lm.training import staging
 from efficient_lm.training.checkpoints import Checkpoints, restore_from
 
 MEASURED = """
@@ -74,12 +75,14 @@ def test_a_state_is_read_into_its_place(on_devices, tmp_path):
     assert found["loaded"] < 1.75 * found["parameters"], found
 
 
-def test_what_is_being_written_is_not_overwritten(tmp_path):
+@pytest.mark.parametrize("going_on", [False, True])
+def test_what_is_being_written_is_not_overwritten(going_on, tmp_path, monkeypatch):
     """Steps that donate the state go on while it is written; what is on disk is what was saved."""
+    monkeypatch.setattr(staging, "SMALLEST", 0)
     step = jax.jit(lambda state: jax.tree.map(lambda leaf: leaf + 1, state), donate_argnums=0)
     state = {"parameters": {"weight": jnp.zeros((8, 1 << 20))}}
     checkpoints = Checkpoints(tmp_path)
-    checkpoints.save(1, state, {"step": 1})
+    checkpoints.save(1, state, {"step": 1}, going_on)
     for _ in range(5):
         state = jax.block_until_ready(step(state))
     checkpoints.close()

@@ -7,9 +7,10 @@ import pytest
 
 from efficient_lm.config import load_run_config
 from efficient_lm.errors import ConfigError
-from efficient_lm.models.parameters import parameter_table
+from efficient_lm.models.parameters import ZEROS, Declaration, parameter_table
 from efficient_lm.training.optimizers.adamw import AdamWSpec
 from efficient_lm.training.optimizers.base import OptimizerSpec
+from efficient_lm.training.optimizers.muon import MuonSpec
 from efficient_lm.training.parameterization import Growth, started
 from efficient_lm.training.setup import prepare, with_factors
 
@@ -125,6 +126,24 @@ def test_rates_are_multiplied_and_decay_is_not():
     ):
         wanted = -0.1 / growth.inputs - (0.1 * 0.5 if declaration.decay else 0.0)
         np.testing.assert_allclose(update, wanted, rtol=1e-5, err_msg=path)
+
+
+@pytest.mark.parametrize("update_rms", [0.2, None])
+@pytest.mark.parametrize("wide", [(64, 64), (64, 16), (16, 64)])
+def test_the_spectral_norm_of_a_step_of_muon(wide, update_rms):
+    """It goes as the root of outputs over inputs (Yang, Simon & Bernstein 2023, condition 1)."""
+    spec = MuonSpec(update_rms=update_rms)
+    growth = Growth(*(Declaration(shape, ("embed", "mlp"), True, ((0,), (1,)), ZEROS) for shape in (wide, (16, 16))))
+
+    def norm(declared, rate):
+        gradient = {"w": jnp.asarray(np.random.default_rng(0).standard_normal(declared.shape), jnp.float32)}
+        direction = spec.direction({"w": declared})
+        step, _ = direction.update(gradient, direction.init(gradient), gradient)
+        return rate * np.linalg.norm(step["w"], 2)
+
+    found = norm(growth.declared, spec.rate(growth)) / norm(growth.base, 1.0)
+    # Newton and Schulz bring singular values to one or near it.
+    assert found == pytest.approx((growth.outputs / growth.inputs) ** 0.5, rel=0.2)
 
 
 def test_factors_of_the_model():

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from efficient_lm.config import load_run_config
 from efficient_lm.errors import ConfigError
 from efficient_lm.spec import Spec
 from efficient_lm.training.schedules import (
@@ -19,6 +20,7 @@ from efficient_lm.training.schedules import (
     WarmupStableDecaySpec,
     steps_of,
 )
+from efficient_lm.training.setup import prepare
 from efficient_lm.validation import validate
 
 PEAK, STEPS, WARMUP = 0.25, 100, 10
@@ -179,3 +181,11 @@ LINE = {"duration": 60, "to": 0.5}
 def test_phases_that_do_not_fit_are_named(given, said):
     with pytest.raises(ConfigError, match=said):
         phases(*given).spans(STEPS)
+
+
+@pytest.mark.parametrize("kind", ["cosine", "constant"])
+def test_a_falling_rate_beside_an_average_of_the_way_is_said(kind, caplog):
+    keys = ["tokenizer=bytes", "train.sequence_length=16", "optimizer=schedule_free_sgd", f"schedule={kind}"]
+    prepare(load_run_config(keys))
+    said = "schedule: cosine lowers the learning rate of schedule_free_sgd"
+    assert (said in caplog.text) == (kind == "cosine")

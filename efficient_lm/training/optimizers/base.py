@@ -58,6 +58,9 @@ class OptimizerSpec(Choice, role="optimizer"):
     whole: ClassVar[bool] = False
     """Whether it works only on all parameters at once, and so for no group."""
 
+    replaces_decay: ClassVar[bool] = False
+    """Whether what it averages stands in for a learning rate that falls."""
+
     learning_rate: Positive
     weight_decay: NonNegative = 0.1
     state: Precision = "float32"

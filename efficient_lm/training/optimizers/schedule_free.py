@@ -29,6 +29,7 @@ class ScheduleFreeSpec(OptimizerSpec):
     """
 
     whole: ClassVar[bool] = True
+    replaces_decay: ClassVar[bool] = True
 
     beta: Annotated[Fraction, Field(gt=0)] = 0.9
     weight_power: NonNegative = 2.0
