@@ -6,7 +6,7 @@ The sweep itself lives as long as its runs and needs none of that: neither the m
 import multiprocessing
 import signal
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
@@ -17,6 +17,22 @@ COUNTED = ("parameters", "flops_per_token", "training_flops", "cache_bytes")
 """Figures that follow from a config; the second of the forward pass, the last for one sequence of training."""
 REPORTED = ("step", "tokens", "seconds")
 """Further figures of every run."""
+
+
+class Known(NamedTuple):
+    """What takes long to find out of a candidate, or would be another thing if it was measured again.
+
+    Attributes:
+        overrides: that bring it within the budget.
+        columns: what the budget's table says of it.
+        memory_bytes: the most that its run has, on a device if there are accelerators; None: not asked.
+        device_bytes: memory of an accelerator of this machine; None where there is none.
+    """
+
+    overrides: tuple[str, ...] = ()
+    columns: dict[str, Any] = {}
+    memory_bytes: int | None = None
+    device_bytes: int | None = None
 
 
 class Question(NamedTuple):
@@ -31,6 +47,7 @@ class Question(NamedTuple):
         figures: that will be looked at.
         prunes: whether it may be stopped early, which takes evaluations.
         group: of the runs, for a tracker that has groups.
+        known: what an earlier answer said; None: not asked before.
     """
 
     overrides: tuple[str, ...]
@@ -41,11 +58,12 @@ class Question(NamedTuple):
     figures: tuple[str, ...] = ()
     prunes: bool = False
     group: str = ""
+    known: Known | None = None
 
-    def of(self, arm: Arm) -> "Question":
+    def of(self, arm: Arm, known: Known | None = None) -> "Question":
         """The question about an arm."""
         budget = {**(self.budget or {}), **arm.budget}
-        return self._replace(overrides=arm.overrides, budget=budget or None)
+        return self._replace(overrides=arm.overrides, budget=budget or None, known=known)
 
 
 @dataclass(frozen=True)
@@ -53,23 +71,18 @@ class Checked:
     """What is known of a candidate before it runs.
 
     Attributes:
-        overrides: further ones, that bring it within the budget and its runs into their group.
-        columns: what the budget's table says of it.
+        overrides: that bring its runs into their group.
         figures: by name, those of `COUNTED`.
         seed, steps: of its runs.
         config: plain values, without what tells its runs apart.
-        memory_bytes: the most that its run will have, on a device if there are accelerators; None: not asked.
-        device_bytes: memory of an accelerator of this machine; None where there is none.
     """
 
     overrides: tuple[str, ...]
-    columns: dict[str, Any]
     figures: dict[str, float]
     seed: int
     steps: int
-    config: dict[str, Any] = field(repr=False)
-    memory_bytes: int | None = None
-    device_bytes: int | None = None
+    config: dict[str, Any]
+    known: Known = Known()
 
 
 def check(question: Question) -> Checked:
@@ -78,28 +91,33 @@ def check(question: Question) -> Checked:
     Raises:
         UserError: whatever `train` would say before its first step; a budget it cannot have; a figure it will not have.
     """
-    from efficient_lm.composition import compose
     from efficient_lm.config import load_run_config
 
-    overrides, columns = list(question.overrides), {}
-    if question.budget is not None:
-        from efficient_lm.sweeps.budgets import BudgetSpec, fit
-        from efficient_lm.validation import validate
-
-        values = compose("train", overrides, question.config_dirs).values
-        fitted = fit(values, validate(BudgetSpec, question.budget, "budget"))
-        overrides, columns = [*overrides, *fitted.overrides], dict(fitted.columns)
-    config = load_run_config(overrides, question.config_dirs)
+    known = question.known or Known(*_fitted(question))
+    config = load_run_config([*question.overrides, *known.overrides], question.config_dirs)
     grouped = _grouping(config.dump()["tracker"], question.group)
     prepared = _prepared(config, question.remote)
     figures = _figures(prepared, question.figures)
     if question.prunes and config.train.evaluate_every is None:
         raise ConfigError("search.pruner: compares runs while they train; train.evaluate_every says when, and is null")
-    memory, device = _memory(prepared) if question.memory else (None, None)
+    if question.memory and known.memory_bytes is None:
+        memory, device = _memory(prepared)
+        known = known._replace(memory_bytes=memory, device_bytes=device)
     plain = {key: value for key, value in prepared.dump().items() if key not in ("run", "tracker")}
-    further = (*overrides[len(question.overrides) :], *grouped)
-    run, train = config.run, config.train
-    return Checked(further, columns, figures, run.seed, train.steps, plain, memory, device)
+    return Checked(tuple(grouped), figures, config.run.seed, config.train.steps, plain, known)
+
+
+def _fitted(question: Question) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """Overrides that bring a candidate within its budget, and what the budget's table says of it."""
+    if question.budget is None:
+        return (), {}
+    from efficient_lm.composition import compose
+    from efficient_lm.sweeps.budgets import BudgetSpec, fit
+    from efficient_lm.validation import validate
+
+    values = compose("train", question.overrides, question.config_dirs).values
+    found = fit(values, validate(BudgetSpec, question.budget, "budget"))
+    return tuple(found.overrides), dict(found.columns)
 
 
 def _prepared(config: Any, remote: bool) -> Any:
@@ -184,7 +202,7 @@ class Checker:
                 yield ConfigError(f"could not be checked: the process that did so ended (exit status {status})")
                 continue
             if isinstance(answer, Checked):
-                self._lasting = answer.device_bytes is None
+                self._lasting = answer.known.device_bytes is None
             elif not isinstance(answer, UserError):
                 raise answer
             yield answer

@@ -135,10 +135,10 @@ def facts(arm: Arm, found: Checked | None) -> dict[str, Any]:
     return {
         "choices": dict(arm.choices),
         "seed": arm.seed if arm.seed is not None or found is None else found.seed,
-        "overrides": [*arm.overrides, *(found.overrides if found else ())],
+        "overrides": [*arm.overrides, *((*found.known.overrides, *found.overrides) if found else ())],
         "figures": dict(found.figures) if found else {},
         "steps": found.steps if found else 0,
-        "memory": found.memory_bytes if found else None,
+        "memory": found.known.memory_bytes if found else None,
         "arm": arm.name,
     }
 

@@ -34,8 +34,10 @@ WAIT_SECONDS = 60
 """For another process that writes."""
 SILENT_SECONDS = 180.0
 """Without a sign of life from another machine, after which its arms may be taken over."""
-_CLAIMS = """CREATE TABLE IF NOT EXISTS claims (
-    arm TEXT PRIMARY KEY, owner TEXT NOT NULL, beat REAL NOT NULL, reference TEXT NOT NULL)"""
+_TABLES = (
+    "CREATE TABLE claims (arm TEXT PRIMARY KEY, owner TEXT NOT NULL, beat REAL NOT NULL, reference TEXT NOT NULL)",
+    "CREATE TABLE known (arm TEXT PRIMARY KEY, facts TEXT NOT NULL)",
+)
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
@@ -90,6 +92,17 @@ class Study:
         self._database.close()
         self._storage.remove_session()
         self._storage.engine.dispose()
+
+    def known(self) -> dict[str, dict[str, Any]]:
+        """By arm, what `learn` was told of it."""
+        return {arm: json.loads(told) for arm, told in self._database.execute("SELECT arm, facts FROM known")}
+
+    def learn(self, found: Mapping[str, Mapping[str, Any]]) -> None:
+        """Keep facts of arms for good, of those that there are none of yet."""
+        rows = [(arm, json.dumps(told)) for arm, told in found.items()]
+        self._database.execute("BEGIN IMMEDIATE")
+        self._database.executemany("INSERT OR IGNORE INTO known VALUES (?, ?)", rows)
+        self._database.execute("COMMIT")
 
     def trials(self) -> dict[str, FrozenTrial]:
         """Arm → its newest trial."""
@@ -204,7 +217,8 @@ def _make(path: Path, asked: Mapping[str, Any], directions: Sequence[str]) -> No
         storage.remove_session()
         storage.engine.dispose()
         with contextlib.closing(sqlite3.connect(beside, isolation_level=None)) as database:
-            database.execute(_CLAIMS)
+            for table in _TABLES:
+                database.execute(table)
         with contextlib.suppress(FileExistsError):
             os.link(beside, path)  # Unlike renaming, it does not replace what another process has put there.
     finally:

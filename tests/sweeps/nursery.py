@@ -27,7 +27,7 @@ class Checker:
         for question in questions:
             seed = next((int(t.split("=")[1]) for t in question.overrides if t.startswith("run.seed=")), 0)
             plain = [text for text in question.overrides if not text.startswith("run.")]
-            yield Checked((), {}, {"flops": 2.0}, seed, 6, {"overrides": plain})
+            yield Checked((), {"flops": 2.0}, seed, 6, {"overrides": plain})
 
     def rest(self):
         pass

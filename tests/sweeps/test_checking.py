@@ -7,7 +7,7 @@ import pytest
 
 from efficient_lm.errors import ConfigError, DataError, UserError
 from efficient_lm.spec import Positive, Spec
-from efficient_lm.sweeps.checking import Checked, Checker, Question, check
+from efficient_lm.sweeps.checking import Checked, Checker, Known, Question, check
 
 SMALL = (
     "model.width=16", "model.repeats=2", "mixer.heads=2", "tokenizer=bytes", "train.steps=3", "train.batch_size=2",
@@ -24,7 +24,7 @@ def small(tmp_path):
 
 def test_figures_that_follow_from_the_config(small):
     found = check(Question((*small, "run.seed=3"), figures=("val_loss", "cache_bytes")))
-    assert (found.seed, found.steps, found.overrides, found.memory_bytes) == (3, 3, (), None)
+    assert (found.seed, found.steps, found.overrides, found.known) == (3, 3, (), Known())
     assert found.figures["parameters"] > 1000 and found.figures["cache_bytes"] == 2 * 2 * 32 * 16 * 4
     assert found.figures["training_flops"] > 3 * 2 * 32 * found.figures["flops_per_token"]
     assert found.config["model"]["vocab_size"] > 255 and not {"run", "tracker"} & set(found.config)
@@ -37,7 +37,7 @@ def test_runs_that_differ_in_name_and_seed_are_the_same_candidate(small):
 
 def test_the_memory_is_that_of_the_compiled_step(small):
     found = check(Question(small, memory=True))
-    assert found.memory_bytes > 3 * 4 * found.figures["parameters"] and found.device_bytes is None
+    assert found.known.memory_bytes > 3 * 4 * found.figures["parameters"] and found.known.device_bytes is None
 
 
 @pytest.mark.parametrize(
@@ -109,8 +109,10 @@ def budgets(monkeypatch):
 
 def test_a_candidate_is_brought_within_the_budget(small, budgets):
     found = check(Question(small, budget={"params": 1e5}))
-    assert found.overrides == ("model.width=32",) and found.columns == {"width": 32, "before": 16}
+    assert found.known == Known(("model.width=32",), {"width": 32, "before": 16})
     assert found.config["model"]["width"] == 32
+    again = Question(small, budget={"params": 1}, known=Known(("model.width=48",), {"width": 48}))
+    assert check(again).config["model"]["width"] == 48 and check(again).known == again.known
     with pytest.raises(ConfigError, match="nothing is so small"):
         check(Question(small, budget={"params": 1}))
     with pytest.raises(ConfigError, match="budget.parms: unknown key"):

@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from efficient_lm.errors import ConfigError, ResourceError
+from efficient_lm.sweeps.checking import Checked, Known
 from efficient_lm.sweeps.searches import Objective
 from efficient_lm.sweeps.table import lines
 
@@ -75,7 +76,7 @@ def test_a_run_directory_of_another_run_is_not_gone_on_with(sweep, tmp_path):
 
 def test_two_arms_that_are_the_same_run_are_refused(sweep, stubbed, monkeypatch):
     def check(self, questions):
-        return [stubbed.Checked((), {}, {}, 0, 6, {"same": True}) for _ in questions]
+        return [Checked((), {}, 0, 6, {"same": True}) for _ in questions]
 
     monkeypatch.setattr(stubbed.Checker, "check", check)
     with pytest.raises(ConfigError, match="loss_3 and loss_2: the same run twice"):
@@ -86,9 +87,7 @@ def test_faults_name_the_arms_that_have_them(sweep, stubbed, monkeypatch):
     def check(self, questions):
         for question in questions:
             bad = [text for text in question.overrides if text in ("loss=2", "loss=1")]
-            yield (
-                ConfigError("x: unknown key") if bad else stubbed.Checked((), {}, {}, 0, 6, {"of": question.overrides})
-            )
+            yield (ConfigError("x: unknown key") if bad else Checked((), {}, 0, 6, {"of": question.overrides}))
 
     monkeypatch.setattr(stubbed.Checker, "check", check)
     with pytest.raises(ConfigError, match="^loss_2 and 1 more: x: unknown key$"):
@@ -100,7 +99,7 @@ def test_faults_name_the_arms_that_have_them(sweep, stubbed, monkeypatch):
 def test_a_candidate_that_does_not_fit_is_refused_before_anything_runs(sweep, stubbed, monkeypatch, tmp_path):
     def check(self, questions):
         for number, question in enumerate(questions, start=1):
-            yield stubbed.Checked((), {}, {}, 0, 6, {"of": question.overrides}, number * 10**9)
+            yield Checked((), {}, 0, 6, {"of": question.overrides}, Known(memory_bytes=number * 10**9))
 
     monkeypatch.setattr(stubbed.Checker, "check", check)
     with pytest.raises(ResourceError, match=r"loss_2: its step takes 2\.00 GB, and 1\.50 GB are there"):
@@ -113,7 +112,7 @@ def test_the_budget_and_the_group_of_a_tracker_reach_the_run(sweep, stubbed, mon
     def check(self, questions):
         for question in questions:
             config = {"of": question.overrides}
-            yield stubbed.Checked(("steps=3", "+tracker.group=mine"), {"width": 48}, {}, 0, 6, config)
+            yield Checked(("+tracker.group=mine",), {}, 0, 6, config, Known(("steps=3",), {"width": 48}))
 
     monkeypatch.setattr(stubbed.Checker, "check", check)
     rows = sweep("loss=3,2").rows
