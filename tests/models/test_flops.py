@@ -85,6 +85,7 @@ def test_flops_are_those_of_the_program(unrolled, mixer_kind, ffn_kind):
     assert counted == pytest.approx(lowered.cost_analysis()["flops"], rel=0.05)
 
 
+@pytest.mark.quick_for("attention")
 @pytest.mark.parametrize("mixer_kind", ["attention", "differential_attention", "multi_latent", "short_conv"])
 def test_flops_are_those_of_the_compiled_program_where_nothing_is_a_loop(unrolled, mixer_kind):
     counted, lowered = counted_and_lowered(mixer_kind, "swiglu")

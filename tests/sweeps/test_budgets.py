@@ -178,7 +178,7 @@ FAULTS = [
     ({"params": 1000}, r"arm: budget.params: 1,000, but the closest it comes is .* times as much\), with model.width=8"
                        r".*4,112 are of embeddings and head: lower model.vocab_size, or set budget.embeddings=false"),
     ({"params": 20_000, "resize": "depth"}, "with model.width=64, model.repeats=1; .*model.vocab_size"),
-    ({"flops_per_token": 100}, "budget.flops_per_token: 100, but the closest.*lower model.repeats, or raise"),
+    ({"flops_per_token": 100, "resize": "width"}, "budget.flops_per_token: 100, but the closest.*lower model.repeats, or raise"),
     ({"flops": 1e6}, r"budget.flops: 1e\+06, but the closest.*with train.steps=1; lower train.batch_size \(now 4\)"),
     ({"params": 400_001, "resize": "depth", "tolerance": 1e-5}, "budget.resize=width or ffn, or raise budget.toler"),
     ({"params": 1e6, "flops_per_token": 1e6}, "budget.flops_per_token: decides the same as budget.params"),
@@ -215,4 +215,4 @@ def test_all_arms_that_fail_are_named(composed):
     arms = {f"{mixer}": composed(*SMALL, f"mixer={mixer}") for mixer in ("attention", "gla")}
     assert list(fit_all(arms, budget(params=400_000))) == list(arms)
     with pytest.raises(ConfigError, match=r"(?s)attention: budget.params.*\ngla: budget.params"):
-        fit_all(arms, budget(params=1000))
+        fit_all(arms, budget(params=1000, resize="ffn"))

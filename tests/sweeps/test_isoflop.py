@@ -24,7 +24,7 @@ def test_every_size_has_every_budget(composed):
 
 
 def test_sizes_by_tokens_per_parameter_grow_with_the_budget(composed):
-    found = isoflop(composed(*SMALL), spec(flops=[1e11, 1e12], tokens_per_parameter=[5, 40], aspect=32))
+    found = isoflop(composed(*SMALL), spec(flops=[1e11, 1e12], tokens_per_parameter=[5, 40]))
     assert list(found) == ["C1e11-D5N", "C1e11-D40N", "C1e12-D5N", "C1e12-D40N"]
     sizes = [fitted.columns["parameters"] for fitted in found.values()]
     assert sizes[0] > sizes[1] < sizes[2] > sizes[3] and sizes[2] > 2 * sizes[0]
