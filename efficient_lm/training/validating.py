@@ -55,7 +55,7 @@ class Validation:
 
         def scored(scorer: Callable, params: Parameters) -> dict[str, Any]:
             batches = setup.data.validation_batches(train.batch_size, rows, *setup.layout.part)
-            return evaluate(scorer, params, moving(self._until_stopped(batches)), setup.layout.batch, total)
+            return evaluate(scorer, params, moving(self._until_stopped(batches)), setup.layout.batch, self._total)
 
         scores = scored(setup.scorer, params)
         progress.last_validation = {f"val_{name}": scores[name] for name in figures}
@@ -66,6 +66,10 @@ class Validation:
         progress.solved = progress.solved or (wanted is not None and scores["accuracy"] >= wanted)
         row = {"step": progress.step, "tokens": progress.tokens, **progress.last_validation}
         return row | ({"final": True} if final else {}) | (self._diagnosed(params) if train.diagnostics else {})
+
+    def _total(self, value: float) -> float:
+        """The sum over the parts of a batch, each of which several processes may hold, as a tensor axis has them do."""
+        return total(value) * self._setup.layout.part[1] / jax.process_count()
 
     def _until_stopped(self, batches: Iterable[Any]) -> Iterator[Any]:
         for batch in batches:
