@@ -178,7 +178,7 @@ FAULTS = [
     ({"params": 1000}, r"arm: budget.params: 1,000, but the closest it comes is .* times as much\), with model.width=8"
                        r".*4,112 are of embeddings and head: lower model.vocab_size, or set budget.embeddings=false"),
     ({"params": 20_000, "resize": "depth"}, "with model.width=64, model.repeats=1; .*model.vocab_size"),
-    ({"flops_per_token": 100, "resize": "width"}, "budget.flops_per_token: 100, but the closest.*lower model.repeats, or raise"),
+    ({"flops_per_token": 100, "resize": "width"}, "budget.flops_per_token: 100, but .*lower model.repeats, or raise"),
     ({"flops": 1e6}, r"budget.flops: 1e\+06, but the closest.*with train.steps=1; lower train.batch_size \(now 4\)"),
     ({"params": 400_001, "resize": "depth", "tolerance": 1e-5}, "budget.resize=width or ffn, or raise budget.toler"),
     ({"params": 1e6, "flops_per_token": 1e6}, "budget.flops_per_token: decides the same as budget.params"),
