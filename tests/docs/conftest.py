@@ -8,6 +8,7 @@ import pytest
 from efficient_lm.cli.plan import UNREAD
 from efficient_lm.composition import compose
 from efficient_lm.config import ConvertConfig, EvaluateConfig, GenerateConfig, PlanConfig, RunConfig, VerifyConfig
+from efficient_lm.sweeps.config import SweepConfig, read_sweep
 from efficient_lm.sweeps.report.spec import ReportConfig
 from efficient_lm.training.coordinates import CoordinateCheckSpec
 from efficient_lm.upcycling.config import ExtractConfig, MergeConfig, UpcycleConfig
@@ -16,7 +17,7 @@ from efficient_lm.validation import validate
 CONFIGS = {
     "train": RunConfig, "plan": RunConfig, "coordinate_check": RunConfig, "verify": RunConfig,
     "evaluate": EvaluateConfig, "generate": GenerateConfig, "upcycle": UpcycleConfig, "merge": MergeConfig,
-    "extract": ExtractConfig, "convert": ConvertConfig, "report": ReportConfig,
+    "extract": ExtractConfig, "convert": ConvertConfig, "report": ReportConfig, "sweep": SweepConfig,
 }  # fmt: skip
 ASIDE = {"plan": PlanConfig.keys(), "coordinate_check": CoordinateCheckSpec.keys(), "verify": ["steps"]}
 """Keys that a verb has beside those of `train`."""
@@ -39,6 +40,8 @@ def understood():
 
     def config(command, from_run=()):
         verb, *keys = command
+        if verb == "sweep":
+            return read_sweep(keys, ())
         if any(key.startswith("run=") for key in keys):
             return validate(VerifyConfig, dict(key.split("=") for key in keys) | {"steps": None})
         # A run to begin with is not there.
