@@ -60,7 +60,7 @@ class Checkpoints:
         self.folder, self._retention = folder.absolute(), retention
         self._unfinished = self.folder / UNFINISHED
         self._pending: Future | None = None
-        self._thread, self._staging = ThreadPoolExecutor(1, "checkpoints"), Staging()
+        self._thread, self._staging = _thread(), Staging()
         self._verified: dict[int, tuple] = {}
         self._context = ocp.Context()
         # Floats shrink by a twelfth, and the processors that compress them are those that step.
@@ -83,9 +83,12 @@ class Checkpoints:
         """Begin writing `items` (see `as_items`) and a JSON `record`; returns when the arrays may be reused.
 
         Args:
-            going_on: whether a step follows that they are donated to.
+            going_on: whether a step follows, to which they are donated and the threads that write them give way.
         """
         self.wait()
+        # Another one, for what has given way once stays behind.
+        self._thread.shutdown()
+        self._thread = _thread()
         if from_main(lambda: step in self.steps):
             return  # A run that is asked to go on when it is complete saves nothing twice.
         record = {**record, "shapes": _shapes(items["parameters"]), "checksums": manifests.ALGORITHM}
@@ -94,7 +97,7 @@ class Checkpoints:
             self._unfinished.mkdir(parents=True, exist_ok=True)
             items = self._staging.copied(items) if going_on else items
             # In the thread, so that what Orbax starts has its priority.
-            writing = self._thread.submit(self._begin, step, items, record).result()
+            writing = self._thread.submit(self._begin, step, items, record, going_on).result()
         except Exception as error:
             self._fail(error)
         self._pending = self._thread.submit(self._complete, writing, step)
@@ -178,8 +181,9 @@ class Checkpoints:
             if self._retention is not None and is_main():
                 shutil.rmtree(self._unfinished, ignore_errors=True)
 
-    def _begin(self, step: int, items: dict[str, Any], record: dict[str, Any]) -> ocp.AsyncResponse:
-        give_way()
+    def _begin(self, step: int, items: dict[str, Any], record: dict[str, Any], going_on: bool) -> ocp.AsyncResponse:
+        if going_on:
+            give_way()
         with self._context:
             return ocp.save_checkpointables_async(
                 self._unfinished / str(step), items, overwrite=True, custom_metadata=record
@@ -282,6 +286,10 @@ class Checkpoints:
         """For people: which one a run would go on from."""
         steps = self.steps
         return f"the newest good checkpoint is {steps[-1]}" if steps else "no checkpoint was saved yet"
+
+
+def _thread() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(1, "checkpoints")
 
 
 def restore_from(folder: Path, abstract: dict[str, Any], step: int | None = None) -> tuple[dict[str, Any], dict]:
