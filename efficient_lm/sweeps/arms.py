@@ -9,7 +9,7 @@ from typing import Any
 from efficient_lm.composition import ConfigRoots
 from efficient_lm.errors import ConfigError, nearest
 from efficient_lm.overrides import parse
-from efficient_lm.sweeps.axes import Axis, Scalar, Value, axis_of_values
+from efficient_lm.sweeps.axes import Axis, Scalar, Value, as_word, axis_of_values
 from efficient_lm.sweeps.config import BUDGET, SweepConfig
 
 LONGEST_NAME = 100
@@ -235,6 +235,6 @@ def _name(choices: Mapping[str, Scalar]) -> str:
     parts = []
     for (key, value), end in zip(choices.items(), ends, strict=True):
         plain = isinstance(value, str) and "." not in key
-        shown = f"{value:g}" if isinstance(value, float) else str(value)
+        shown = f"{value:g}" if isinstance(value, float) else as_word(value)
         parts.append(shown if plain else f"{end if ends.count(end) == 1 else key}_{shown}")
     return re.sub(r"[^\w.+-]+", "_", "-".join(parts)).strip("_.-")

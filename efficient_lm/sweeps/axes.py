@@ -90,6 +90,11 @@ def as_text(value: Any) -> str:
     return value if isinstance(value, str) else repr(value)
 
 
+def as_word(value: Scalar) -> str:
+    """A choice as people write it."""
+    return as_text(value) if value is None or isinstance(value, bool) else str(value)
+
+
 def axis_of_override(text: str, roots: ConfigRoots) -> Axis:
     """The axis of ``key=a,b``, ``key=choice(a,b)``, ``key=range(1,5)``, ``key=interval(1e-4,1e-2)`` or ``key=glob(*)``.
 

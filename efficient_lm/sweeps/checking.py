@@ -15,6 +15,8 @@ from efficient_lm.sweeps.arms import Arm
 
 COUNTED = ("parameters", "flops_per_token", "training_flops", "cache_bytes")
 """Figures that follow from a config; the second of the forward pass, the last for one sequence of training."""
+IDLE_SECONDS = 2.0
+"""In which a process that has nothing to do ends."""
 REPORTED = ("step", "tokens", "seconds")
 """Further figures of every run."""
 
@@ -92,18 +94,20 @@ def check(question: Question) -> Checked:
         UserError: whatever `train` would say before its first step; a budget it cannot have; a figure it will not have.
     """
     from efficient_lm.config import load_run_config
+    from efficient_lm.training.setup import prepare
 
     known = question.known or Known(*_fitted(question))
     config = load_run_config([*question.overrides, *known.overrides], question.config_dirs)
     grouped = _grouping(config.dump()["tracker"], question.group)
-    prepared = _prepared(config, question.remote)
-    figures = _figures(prepared, question.figures)
+    setup = None if question.remote else prepare(config)
+    whole = _composed(config) if setup is None else setup.config
+    figures = _figures(whole, question.figures)
     if question.prunes and config.train.evaluate_every is None:
         raise ConfigError("search.pruner: compares runs while they train; train.evaluate_every says when, and is null")
-    if question.memory and known.memory_bytes is None:
-        memory, device = _memory(prepared)
+    if question.memory and known.memory_bytes is None and setup is not None:
+        memory, device = _memory(setup)
         known = known._replace(memory_bytes=memory, device_bytes=device)
-    plain = {key: value for key, value in prepared.dump().items() if key not in ("run", "tracker")}
+    plain = {key: value for key, value in whole.dump().items() if key not in ("run", "tracker")}
     return Checked(tuple(grouped), figures, config.run.seed, config.train.steps, plain, known)
 
 
@@ -120,12 +124,10 @@ def _fitted(question: Question) -> tuple[tuple[str, ...], dict[str, Any]]:
     return tuple(found.overrides), dict(found.columns)
 
 
-def _prepared(config: Any, remote: bool) -> Any:
-    """The config with what follows from tokenizer and width filled in."""
-    from efficient_lm.training.setup import prepare, with_factors, with_vocabulary
+def _composed(config: Any) -> Any:
+    """The config with what follows from tokenizer and width filled in, checked as far as another machine can."""
+    from efficient_lm.training.setup import with_factors, with_vocabulary
 
-    if not remote:
-        return prepare(config).config
     config = with_factors(with_vocabulary(config, config.tokenizer.build()))
     config.model.build().check_length(config.train.sequence_length, "train.sequence_length")
     return config
@@ -166,17 +168,30 @@ def _grouping(tracker: dict[str, Any], group: str) -> list[str]:
     return [f"tracker.{place}group={as_text(group)}" for place in wanting if group]
 
 
-def _memory(config: Any) -> tuple[int, int | None]:
-    """Bytes that a run has at most, by its compiled step, and those of an accelerator."""
+def _memory(setup: Any) -> tuple[int, int | None]:
+    """Bytes that a run has at most, and those of an accelerator.
+
+    The step is compiled as the run will, which then finds it in the cache. Without an accelerator a run also has what a
+    process has that has imported as much: this one, before it compiled anything.
+    """
     import jax
+    import psutil
 
-    from efficient_lm.training.accounting import plan
+    from kernels_pallas.dispatch import preferring
 
-    found = plan(config)["bytes"]
-    statistics = jax.local_devices()[0].memory_stats() or {}
-    return sum(found[part] for part in ("parameters", "gradients", "optimizer", "activations")), statistics.get(
-        "bytes_limit"
-    )
+    resident = _RESIDENT.setdefault("bytes", psutil.Process().memory_info().rss)
+    state = setup.abstract_state() | setup.kept_in_record({})
+    with setup.layout.active(), preferring(setup.config.train.kernels):
+        batch = setup.layout.abstract_batch(*setup.portions.largest.batch)
+        found = setup.step.lower(state, batch).compile().memory_analysis()
+    arrays = found.argument_size_in_bytes + found.temp_size_in_bytes
+    arrays += max(found.output_size_in_bytes - found.alias_size_in_bytes, 0)
+    device = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+    return arrays + (resident if device is None else 0), device
+
+
+_RESIDENT: dict[str, int] = {}
+"""Memory of this process when it was first asked for that of a run."""
 
 
 class Checker:
@@ -216,6 +231,9 @@ class Checker:
         """End the process."""
         if self._connection is not None:
             self._connection.close()
+            self._process.join(IDLE_SECONDS)
+            # It is still at something that nobody waits for any more.
+            self._process.terminate()
             self._process.join()
             self._connection = self._process = None
 

@@ -3,7 +3,8 @@
 import contextlib
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import rich.box
 import rich.console
@@ -12,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from efficient_lm.sweeps.arms import Arm
+from efficient_lm.sweeps.axes import as_word
 from efficient_lm.sweeps.checking import Checked
 from efficient_lm.sweeps.running import Active
 from efficient_lm.sweeps.searches import Objective
@@ -38,7 +40,7 @@ def plan_table(arms: Sequence[Arm], checked: Sequence[Checked], keys: Sequence[s
         cells = [shown(each.known.columns.get(name), name) for name in columns]
         cells += [shown(each.figures.get(name), name) for name in figures]
         cells += [f"{each.known.memory_bytes / 1e9:.2f} GB"] if memory else []
-        table.add_row(str(place), *(shown(arm.choices.get(key)) for key in keys), *cells)
+        table.add_row(str(place), *_words(arm.choices, keys), *cells)
     return table
 
 
@@ -51,9 +53,13 @@ def result_table(found: Sequence[Line], keys: Sequence[str], objectives: Sequenc
     table = _table("", keys, names, ["runs"])
     for place, line in enumerate(found, start=1):
         first = "front" if line in best else "" if best or line.mean(names[0]) is None else str(place)
-        cells = [*(shown(line.choices.get(key)) for key in keys), *map(line.said, names), line.state]
+        cells = [*_words(line.choices, keys), *map(line.said, names), line.state]
         table.add_row(first, *cells, style="bold" if first in ("1", "front") else None)
     return table
+
+
+def _words(choices: Mapping[str, Any], keys: Sequence[str]) -> list[str]:
+    return [as_word(choices[key]) if key in choices else "" for key in keys]
 
 
 def _table(first: str, keys: Sequence[str], numbers: Sequence[str], last: Sequence[str] = ()) -> Table:

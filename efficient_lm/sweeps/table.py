@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from efficient_lm.sweeps.axes import as_word
 from efficient_lm.sweeps.outcomes import number
 from efficient_lm.sweeps.searches import Objective
 from efficient_lm.training.reporting import write_atomically, write_json_atomically
@@ -129,7 +130,7 @@ def write_table(
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["name", *keys, "seed", "state", "run", *figures, "reason"])
     for row in rows:
-        chosen = [row.choices.get(key, "") for key in keys]
+        chosen = [as_word(row.choices[key]) if key in row.choices else "" for key in keys]
         measured = [row.figures.get(figure, "") for figure in figures]
         seed = "" if row.seed is None else row.seed
         writer.writerow([row.name, *chosen, seed, row.state, row.run, *measured, row.reason])

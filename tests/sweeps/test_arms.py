@@ -95,6 +95,8 @@ def test_what_axes_say_of_the_budget_is_no_override_of_runs():
 def test_seeds_alone_and_one_seed():
     found = space("seeds=2", "model.width=64")
     assert [arm.name for arm in arms_of(found.grid(), found.seeds)[0]] == ["seed_0", "seed_1"]
+    found = space("a.b=null,true,1e-5")
+    assert [group[0].name for group in arms_of(found.grid(), found.seeds)] == ["b_null", "b_true", "b_1e-05"]
     found = space("a=x,y", "seeds=1")
     assert [group[0].name for group in arms_of(found.grid(), found.seeds)] == ["x", "y"]
 

@@ -136,3 +136,20 @@ def test_arms_are_sorted_by_their_metric():
     assert order == ["p", "r", "q", "s"]
     order = [line.choices["a"] for line in lines(rows, [Objective(name="x", direction="maximize")])]
     assert order == ["q", "r", "p", "s"]
+
+
+def test_what_a_measured_budget_gave_stays_when_the_sweep_goes_on(sweep, stubbed, monkeypatch, table, tmp_path):
+    asked = []
+
+    def check(self, questions):
+        for question in questions:
+            asked.append(question.known)
+            known = question.known or Known((f"steps={len(asked) + 2}",), {"measured": len(asked)})
+            yield Checked((), {}, 0, 6, {"of": [*question.overrides, *known.overrides]}, known)
+
+    monkeypatch.setattr(stubbed.Checker, "check", check)
+    sweep("loss=3,2")
+    for path in (tmp_path / "sweep/runs/loss_2").glob("summary.json"):
+        path.unlink()
+    assert [row.figures["step"] for row in sweep("loss=3,2").rows] == [3, 4]
+    assert [known.overrides for known in asked[2:]] == [("steps=3",), ("steps=4",)]
