@@ -165,5 +165,6 @@ def test_bands_hold_the_truth_in_most_draws():
         }
         for name, (estimate, value) in truths.items():
             held[name] += bool(estimate.low <= value <= estimate.high)
+    print(held)
     assert min(held.values()) >= 70, held
     assert np.mean(list(held.values())) >= 80, held
