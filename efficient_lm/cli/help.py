@@ -14,6 +14,7 @@ VERBS = (
     "merge",
     "extract",
     "verify",
+    "report",
     "coordinate_check",
     "benchmark",
     "schema",

@@ -107,7 +107,6 @@ def plan(config: RunConfig, devices: list[jax.Device] | None = None) -> dict[str
         memory = jax.jit(step, donate_argnums=0).lower(state, batch).compile().memory_analysis()
     shape = batch["tokens"].shape
     parameters = gradients = _bytes(state["parameters"])
-    caches = jax.eval_shape(lambda: model.init_caches(1, train.sequence_length, config.precision.dtype))
     forward = model.flops_per_token(train.sequence_length)
     portions = Portions(train)
     training = run_flops_per_token(config, model)
@@ -125,9 +124,14 @@ def plan(config: RunConfig, devices: list[jax.Device] | None = None) -> dict[str
             "gradients": gradients,
             "optimizer": _bytes(state["optimizer"]) + _bytes(state.get("average", {})),
             "activations": max(memory.temp_size_in_bytes - gradients, 0),
-            "cache_per_sequence": _bytes(caches),
+            "cache_per_sequence": cache_bytes(model, train.sequence_length, config.precision.dtype),
         },
     }
+
+
+def cache_bytes(model: LanguageModel, length: int, dtype: jax.typing.DTypeLike) -> int:
+    """Bytes of the caches of one sequence of `length` tokens, activations in `dtype`."""
+    return _bytes(jax.eval_shape(lambda: model.init_caches(1, length, dtype)))
 
 
 def run_flops_per_token(config: RunConfig, model: LanguageModel, steps: int | None = None) -> float:

@@ -9,7 +9,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from efficient_lm.errors import CheckpointError, ResourceError, storage_fault
 
@@ -125,26 +125,60 @@ def _line(row: dict[str, Any]) -> str:
     return json.dumps(finite(row), allow_nan=False) + "\n"
 
 
-def read_metrics(run_dir: str | Path, name: str = METRICS_FILE) -> list[dict[str, Any]]:
-    """The rows of `metrics.jsonl`, without a torn last line. Raises `CheckpointError` for any other bad line."""
-    path = Path(run_dir) / name
-    try:
-        lines = path.read_bytes().split(b"\n")
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+class Scanned(NamedTuple):
+    """What a file of rows holds.
+
+    Attributes:
+        torn: whether its last line broke off.
+        bad: numbers of other lines that are no JSON object.
+    """
+
+    rows: list[dict[str, Any]]
+    torn: bool
+    bad: list[int]
+
+
+def scanned(content: bytes) -> Scanned:
+    """The rows of `metrics.jsonl`, or another file like it, and which lines are none."""
+    lines = content.split(b"\n")
+    rows, bad = _at_once(lines), []
+    if rows is not None:
+        return Scanned(rows, False, [])
     rows = []
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line) if line.strip() else None
             if not isinstance(row, dict | None):
                 raise ValueError("not an object")
-        except ValueError as error:
-            if number == len(lines):
-                break
-            raise CheckpointError(f"{path}:{number}: not a JSON object") from error
+        except (ValueError, RecursionError):
+            bad.append(number)
+            continue
         if row is not None:
             rows.append(row)
-    return rows
+    torn = bad[-1:] == [len(lines)]
+    return Scanned(rows, torn, bad[:-1] if torn else bad)
+
+
+def _at_once(lines: list[bytes]) -> list[dict[str, Any]] | None:
+    """Rows that are all whole, in a third of the time that a line by itself takes; None where one is not."""
+    filled = [line for line in lines if line.strip()]
+    try:
+        rows = json.loads(b"[" + b",".join(filled) + b"]")
+    except (ValueError, RecursionError):
+        return None
+    return rows if len(rows) == len(filled) and all(isinstance(row, dict) for row in rows) else None
+
+
+def read_metrics(run_dir: str | Path, name: str = METRICS_FILE) -> list[dict[str, Any]]:
+    """The rows of `metrics.jsonl`, without a torn last line. Raises `CheckpointError` for any other bad line."""
+    path = Path(run_dir) / name
+    try:
+        found = scanned(path.read_bytes())
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+    if found.bad:
+        raise CheckpointError(f"{path}:{found.bad[0]}: not a JSON object")
+    return found.rows
 
 
 class Console:
@@ -242,7 +276,7 @@ def plot_loss(run_dir: str | Path) -> Path:
     axes = empty_plot("step", "loss (nats per token)", Path(run_dir).absolute().name)
     steps, loss = _series(rows, "loss")
     axes.plot(steps, loss, color="#4c72b0", alpha=0.3, linewidth=0.8)
-    axes.plot(steps, _smoothed(loss), color="#4c72b0", linewidth=1.8, label="training (smoothed)")
+    axes.plot(steps, smoothed(loss), color="#4c72b0", linewidth=1.8, label="training (smoothed)")
     _plot_validation(axes, rows)
     axes.legend(frameon=False)
     return save_plot(axes, Path(run_dir) / "plots" / "loss.png")
@@ -303,7 +337,7 @@ def _series(rows: list[dict[str, Any]], name: str) -> tuple[list[int], list[floa
     return [step for step, _ in points], [value for _, value in points]
 
 
-def _smoothed(values: list[float]) -> list[float]:
+def smoothed(values: list[float]) -> list[float]:
     """Mean of an exponential moving average forwards and one backwards, which has no lag."""
     forwards, backwards = _averaged(values), _averaged(values[::-1])[::-1]
     return [(one + other) / 2 for one, other in zip(forwards, backwards, strict=True)]

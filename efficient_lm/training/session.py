@@ -18,7 +18,7 @@ from efficient_lm.errors import DataError, DivergedError
 from efficient_lm.evaluation.bits_per_byte import evaluate
 from efficient_lm.evaluation.diagnostics import ROWS, summary
 from efficient_lm.models.parameters import Parameters, count_parameters
-from efficient_lm.training.accounting import run_flops_per_token
+from efficient_lm.training.accounting import cache_bytes, run_flops_per_token
 from efficient_lm.training.checkpoints import Checkpoints, as_items
 from efficient_lm.training.clock import Clock
 from efficient_lm.training.goodput import COMPLETE, Sessions, goodput, read_sessions
@@ -341,6 +341,8 @@ class Session:
             "seconds": self._seconds(),
             "parameters": count_parameters(self.setup.model.declarations),
             "training_flops": self._flops_per_token() * self.progress.tokens,
+            "flops_per_token": self.setup.model.flops_per_token(config.train.sequence_length),
+            "cache_bytes": cache_bytes(self.setup.model, config.train.sequence_length, config.precision.dtype),
             **self.progress.last_validation,
         }
         if stopped_by:

@@ -10,8 +10,12 @@ from typing import Any
 
 from efficient_lm.elastic.budget import COSTS
 from efficient_lm.elastic.search.base import Levels, Space, comparable
-from efficient_lm.elastic.search.page import page
-from efficient_lm.training.reporting import empty_plot, save_plot, write_atomically, write_json_atomically
+from efficient_lm.pages.chart import Chart, Measure, Series, drawn
+from efficient_lm.pages.page import page, section
+from efficient_lm.pages.palette import MUTED, Style
+from efficient_lm.pages.picture import picture
+from efficient_lm.pages.table import Cell, Column, Table, laid
+from efficient_lm.training.reporting import write_atomically, write_json_atomically
 
 UNITS = {
     "params": "parameters",
@@ -19,6 +23,8 @@ UNITS = {
     "cache_bytes": "bytes of caches",
     "latency_ms": "ms per token",
 }
+STYLES = {"scored": MUTED, "one granularity": Style(1, 1, 0), "chosen": Style(0, 3, 0)}
+TABLE = "scored"
 FITNESS = {"loss": "loss (nats per token)", "kl": "divergence from the whole (nats)"}
 
 
@@ -71,9 +77,13 @@ def write_report(
         found["submodels"].append({**figures, **flags, "parts": row.parts})
     write_json_atomically(folder / "pareto.json", found)
     write_atomically(folder / "pareto.csv", _csv(rows, costs, fitness, chosen))
-    labels = {"costs": {name: UNITS[name] for name in costs}, "fitness": FITNESS[fitness]}
-    write_atomically(folder / "pareto.html", page(found, labels, [row.name for row in rows]))
-    _plot(folder / "pareto.png", rows, fitness, cost, chosen, limits)
+    chart = _chart(rows, fitness, cost, chosen, limits)
+    parts = (
+        section("search", "Quality against cost", drawn(chart)),
+        section("table", "Table", laid(_table(rows, fitness, chosen))),
+    )
+    write_atomically(folder / "pareto.html", page("Submodels", *parts))
+    picture(chart, folder / "pareto.png", chart.across[0], chart.up[0])
 
 
 def _csv(rows: Sequence[Row], costs: Sequence[str], fitness: str, chosen: Row | None) -> str:
@@ -86,21 +96,45 @@ def _csv(rows: Sequence[Row], costs: Sequence[str], fitness: str, chosen: Row | 
     return text.getvalue()
 
 
-def _plot(
-    path: Path, rows: Sequence[Row], fitness: str, cost: str, chosen: Row | None, limits: Mapping[str, float]
-) -> None:
-    axes = empty_plot(UNITS[cost], FITNESS[fitness], "submodels")
+def _chart(rows: Sequence[Row], fitness: str, cost: str, chosen: Row | None, limits: Mapping[str, float]) -> Chart:
+    """Every submodel over any cost, that of the search first."""
+    names = sorted((name for name in COSTS if name in rows[0].costs), key=lambda name: name != cost)
+    groups = {
+        "scored": [row for row in rows if not row.uniform and row is not chosen],
+        "one granularity": [row for row in rows if row.uniform and row is not chosen],
+        "chosen": [row for row in rows if row is chosen],
+    }
+    series = [
+        Series(group, group, {name: [row.costs[name] for row in of] for name in names} | {
+            fitness: [row.score for row in of]}, line=False, marks=True, labels=[row.name for row in of],
+            rows=[f"{TABLE}-{rows.index(row)}" for row in of])
+        for group, of in groups.items() if of
+    ]  # fmt: skip
+    caption = (
+        f"{len(rows)} submodels that were scored. The dashed line goes through those that no other one of their size "
+        "or smaller is as good as; a click on a submodel marks its row."
+    )
+    return Chart("submodels", "Submodels", caption, [Measure(name, UNITS[name]) for name in names],
+                 [Measure(fitness, FITNESS[fitness])], series, STYLES, front="best of their size", limits=limits,
+                 limit="budget").reduced()  # fmt: skip
 
-    def points(of: Sequence[Row]) -> tuple[list[float], list[float]]:
-        return [row.costs[cost] for row in of], [row.score for row in of]
 
-    best, uniform = [row for row in rows if row.best], [row for row in rows if row.uniform]
-    axes.plot(*points(rows), "o", color="#999999", markersize=3, alpha=0.5, label="scored")
-    axes.plot(*points(best), "-o", color="#4c72b0", markersize=4, linewidth=1.5, label="best of their size")
-    axes.plot(*points(uniform), "s", color="#dd8452", markersize=7, fillstyle="none", label="one granularity")
-    if chosen is not None:
-        axes.plot(*points([chosen]), "*", color="#c44e52", markersize=14, label="chosen")
-    if cost in limits:
-        axes.axvline(limits[cost], color="#c44e52", linewidth=1, linestyle="--", label="budget")
-    axes.legend(frameon=False)
-    save_plot(axes, path)
+def _table(rows: Sequence[Row], fitness: str, chosen: Row | None) -> Table:
+    names = [name for name in COSTS if name in rows[0].costs]
+    columns = [Column("submodel"), Column(fitness, True), *(Column(UNITS[name], True) for name in names), Column("")]
+    cells = []
+    for row in rows:
+        score = row.score if math.isfinite(row.score) else None
+        words = {"chosen": row is chosen, "best": row.best, "one granularity": row.uniform}
+        flags = ", ".join(word for word, holds in words.items() if holds)
+        cells.append([
+            Cell(row.name, row.name, marked=row is chosen),
+            Cell() if score is None else Cell(f"{score:.5g}", score, marked=row.best),
+            *(Cell(_figure(row.costs[name]), row.costs[name]) for name in names),
+            Cell(flags, flags or None),
+        ])  # fmt: skip
+    return Table(TABLE, f"{len(rows)} submodels; the keys of extract that make them.", columns, cells)
+
+
+def _figure(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.5g}"
