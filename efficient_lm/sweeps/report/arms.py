@@ -14,6 +14,8 @@ from efficient_lm.sweeps.report.runs import Run
 
 IDENTITY = ("run", "tracker")
 """Sections of a config that say which run it is, and not what it does."""
+SIZED = ("isoflop", "budget")
+"""Axes whose values are names of sizes: arms that differ in them alone are a family, as with numbers."""
 TUNED = ("learning_rate", "seed")
 """Last parts of keys that do not make an arm: over the first the best is taken, over the second the mean."""
 MOST = 12
@@ -104,9 +106,12 @@ class Arms:
 def arms_of(runs: Sequence[Run]) -> Arms:
     """The arms of runs: by the choices of their sweeps, otherwise by what their configs differ in."""
     chosen = [_choices(run, _named(runs)) for run in runs]
-    plain = [place for place, choices in enumerate(chosen) if choices is None]
+    plain = [place for place, choices in enumerate(chosen) if choices is None and runs[place].config]
     derived, names = _derived([runs[place] for place in plain])
-    keys = [_key(choices) if choices is not None else () for choices in chosen]
+    # What differs in nothing that can be read is told by its name.
+    keys = [
+        ((NAME, run.name),) if choices is None else _key(choices) for run, choices in zip(runs, chosen, strict=True)
+    ]
     for place, key in zip(plain, derived, strict=True):
         keys[place] = key
     members: dict[Key, list[Run]] = {}
@@ -227,7 +232,11 @@ def _family(key: Key, text: str) -> str:
 
 def _words(choices: Mapping[str, Any]) -> dict[str, Any]:
     """Choices that are no numbers; the run's own name if there are none others."""
-    words = {name: value for name, value in choices.items() if isinstance(value, str) and not _is_number(value)}
+    words = {
+        name: value
+        for name, value in choices.items()
+        if isinstance(value, str) and not _is_number(value) and last(name) not in SIZED
+    }
     return {name: value for name, value in words.items() if name != NAME} or words
 
 

@@ -108,7 +108,8 @@ def runs_table(runs: Sequence[Run], output: Path) -> Table:
         seed = Cell() if run.seed is None else Cell(str(run.seed), run.seed)
         figures = [run.figures.get(name) for name in shown_names]
         rows.append([
-            Cell(run.name, run.name, link=link(run.path, output)), Cell(run.state, run.state), rate, seed,
+            Cell(run.name, run.name, link=link(run.path, output)), Cell(run.state, run.state, marked=not run.ended),
+            rate, seed,
             *(Cell(number(value, name), value) for name, value in zip(shown_names, figures, strict=True)),
         ])  # fmt: skip
     caption = f"{counted(len(runs), 'run')} as at their end, or as far as they got; names lead to their directories."

@@ -23,6 +23,8 @@ from efficient_lm.training.reporting import write_atomically
 PAGE, CSV = "report.html", "runs.csv"
 CHARTS = ("losses", "envelopes", "rates", "pareto", "recall", "isoflop")
 """Names that PNGs begin with."""
+SIZES = 4
+"""Of a family, from which on there may be IsoFLOP profiles."""
 PICTURED = ("parameters", "training_flops_per_token", "flops_per_token", "latency_ms", "cache_bytes")
 """Costs that get a picture of quality against them."""
 
@@ -46,7 +48,8 @@ def report(sources: Sources, output: Path, title: str) -> list[Path]:
     ids = {arm.label: arm_rows.row(place) for place, arm in enumerate(arms.arms)}
     by_run = {str(run.path): run_rows.row(place) for place, run in enumerate(runs)}
     made = [charts.loss_chart(arms, by_run), charts.envelope_chart(arms), charts.rate_chart(arms, ids),
-            charts.pareto_chart(arms, ids), charts.recall_chart(arms, ids)]  # fmt: skip
+            charts.pareto_chart(arms, ids), charts.recall_chart(arms, ids),
+            *_isoflop(arms, ids)]  # fmt: skip
     shown = {chart.name: chart for chart in made if chart is not None and chart.across and chart.up}
     pictures = _pictures(shown, output)
     text = page(title, *_body(runs, arms, sources, shown, arm_rows, run_rows, output, pictures))
@@ -54,6 +57,18 @@ def report(sources: Sources, output: Path, title: str) -> list[Path]:
     write_atomically(output / PAGE, text.encode("utf-8", "replace"))
     write_atomically(output / CSV, _csv(runs, output).encode("utf-8", "replace"))
     return [output / PAGE, output / CSV, *pictures]
+
+
+def _isoflop(arms: Arms, ids: dict[str, str]) -> list[Chart]:
+    """The charts of IsoFLOP profiles, if any family has so many sizes; what fits them is only then imported."""
+    sizes: dict[str, set[float]] = {}
+    for arm in arms.arms:
+        sizes.setdefault(arm.family, set()).update(run.figures.get("parameters", 0) for run in arm.runs if run.ended)
+    if max(map(len, sizes.values()), default=0) < SIZES:
+        return []
+    from efficient_lm.sweeps.report.isoflop import isoflop_charts
+
+    return isoflop_charts(arms, ids)
 
 
 def _body(
@@ -71,6 +86,7 @@ def _body(
         "loss": ("Loss", [shown.get("envelopes"), shown.get("losses")]),
         "rates": ("Learning rates", [shown.get("rates")]),
         "quality": ("Quality against cost", [shown.get("pareto")]),
+        "isoflop": ("Size and compute", [shown.get("isoflop_profiles"), shown.get("isoflop_laws")]),
         "memory": ("Recall against state size", [shown.get("recall")]),
         "arms": ("Arms", [arm_rows] if len(arms.arms) < len(runs) else []),
         "runs": ("Runs", [run_rows]),
