@@ -14,8 +14,11 @@ LEGEND = 24
 
 
 def picture(chart: Chart, path: Path, across: Measure, up: Measure) -> Path | None:
-    """Draw one pair of measures as a PNG at `path`, whole or not at all; None if no series has both."""
-    series = chart.shows(across.name, up.name)
+    """Draw one pair of measures as a PNG at `path`, whole or not at all; None if no point has both."""
+    series = [
+        each for each in chart.shows(across.name, up.name)
+        if any(None not in row for row in zip(each.columns[across.name], each.columns[up.name], strict=True))
+    ]  # fmt: skip
     if not series:
         return None
     axes = empty_plot(across.label, up.label, chart.title)
@@ -55,8 +58,6 @@ def _draw(axes: Any, series: Series, across: str, up: str, look: Style, name: st
     columns = series.columns
     rows = [row for row in zip(columns[across], columns[up], columns.get(up + LOW, columns[up]),
             columns.get(up + HIGH, columns[up]), strict=True) if None not in row]  # fmt: skip
-    if not rows:
-        return []
     x, y, low, high = (list(values) for values in zip(*rows, strict=True))
     color = GREY if look.color is None else LIGHT[look.color]
     ranged = up + LOW in columns

@@ -168,4 +168,4 @@ def link(path: Path, output: Path) -> str:
     """From a page in `output` to a run's directory; none where there is no directory."""
     if not path.is_dir():
         return ""
-    return quote(os.path.relpath(path.resolve(), output.resolve())) + "/"
+    return quote(os.fsencode(os.path.relpath(path.resolve(), output.resolve()))) + "/"
