@@ -36,7 +36,8 @@ def run(overrides: Sequence[str], options: Options) -> None:
     if config.output is None and not (len(sources.folders) == 1 == len(config.named)):
         raise ConfigError("output: a value is needed: runs= names several folders; say where the report goes")
     output = Path(config.output) if config.output is not None else sources.folders[0] / "report"
-    title = config.title or ", ".join(Path(name).absolute().name for name in config.named[:3])
+    names = [Path(name).absolute().name if Path(name).exists() else name for name in config.named]
+    title = config.title or ", ".join(names[:3]) + (" and others" if len(names) > 3 else "")
     files = report(sources, output, title)
     size = files[0].stat().st_size / 1e6
     print(f"{len(sources.runs)} runs: {files[0]} ({size:.1f} MB), {files[1].name}, {len(files) - 2} pictures")

@@ -10,6 +10,7 @@ import numpy as np
 
 from efficient_lm.pages.chart import Measure
 from efficient_lm.pages.palette import Style, style
+from efficient_lm.sweeps.report.measures import QUALITY
 from efficient_lm.sweeps.report.runs import Run
 
 IDENTITY = ("run", "tracker")
@@ -80,10 +81,16 @@ class Arms:
 
     Attributes:
         axes: names of what they differ in.
+        quality: how good they are, what decides first.
     """
 
     arms: tuple[Arm, ...]
     axes: tuple[str, ...]
+    quality: tuple[Measure, ...] = QUALITY
+
+    def best(self, arm: Arm) -> Setting | None:
+        """The arm's best learning rate by the first measure of quality that it knows."""
+        return next((setting for measure in self.quality if (setting := arm.best(measure)) is not None), None)
 
     @cached_property
     def legend(self) -> dict[str, Style]:
@@ -103,7 +110,7 @@ class Arms:
         return arm.label if len(self.arms) <= MOST else arm.family
 
 
-def arms_of(runs: Sequence[Run]) -> Arms:
+def arms_of(runs: Sequence[Run], quality: tuple[Measure, ...] = QUALITY) -> Arms:
     """The arms of runs: by the choices of their sweeps, otherwise by what their configs differ in."""
     chosen = [_choices(run, _named(runs)) for run in runs]
     plain = [place for place, choices in enumerate(chosen) if choices is None and runs[place].config]
@@ -123,7 +130,7 @@ def arms_of(runs: Sequence[Run]) -> Arms:
         Arm(text, _family(key, text), dict(key), tuple(found))
         for text, (key, found) in zip(labels, members.items(), strict=True)
     ]
-    return Arms(tuple(sorted(arms, key=lambda arm: _natural(arm))), axes)
+    return Arms(tuple(sorted(arms, key=_natural)), axes, quality)
 
 
 NAME = "run"

@@ -128,7 +128,9 @@ def rate_chart(arms: Arms, rows: Rows) -> Chart | None:
         f"{counted(len(tried), 'arm')} that tried several learning rates, and what each came to at its end: "
         f"{seeds_of(settings)}."
     )
-    return Chart("rates", "Quality against learning rate", caption, (across,), QUALITY, series, arms.legend).reduced()
+    return Chart(
+        "rates", "Quality against learning rate", caption, (across,), arms.quality, series, arms.legend
+    ).reduced()
 
 
 def pareto_chart(arms: Arms, rows: Rows) -> Chart | None:
@@ -144,7 +146,7 @@ def pareto_chart(arms: Arms, rows: Rows) -> Chart | None:
         f"{counted(len(best), 'arm')}{rated}: {seeds_of([setting for _, setting in best])}. The dashed line goes "
         "through those that no other one beats: as good for less."
     )
-    return Chart("pareto", "Quality against cost", caption, COSTS, QUALITY, series, arms.families,
+    return Chart("pareto", "Quality against cost", caption, COSTS, arms.quality, series, arms.families,
                  front="no other is as good for less").reduced()  # fmt: skip
 
 
@@ -174,15 +176,10 @@ def _best(arms: Arms, decides: Measure | None = None) -> list[tuple[Arm, Setting
     """Arms with a run that ended, each at the learning rate that suits it."""
     found = []
     for arm in arms.arms:
-        setting = best_setting(arm) if decides is None else arm.best(decides)
+        setting = arms.best(arm) if decides is None else arm.best(decides)
         if setting is not None:
             found.append((arm, setting))
     return found
-
-
-def best_setting(arm: Arm) -> Setting | None:
-    """The arm's best learning rate by the first measure of quality that is known."""
-    return next((setting for measure in QUALITY if (setting := arm.best(measure)) is not None), None)
 
 
 def _families(best: Sequence[tuple[Arm, Setting]]) -> list[str]:

@@ -8,7 +8,7 @@ from efficient_lm.pages.chart import HIGH, LOW, Chart, Measure, Series
 from efficient_lm.pages.palette import Style, style
 from efficient_lm.sweeps.profiles import LEAST_SIZES, by_budget
 from efficient_lm.sweeps.report.arms import Arms
-from efficient_lm.sweeps.report.charts import Rows, best_setting, counted
+from efficient_lm.sweeps.report.charts import Rows, counted
 from efficient_lm.sweeps.report.measures import BY_NAME
 from efficient_lm.sweeps.scaling import Bootstrap, Point, distinct
 from efficient_lm.sweeps.scaling_report import scaling
@@ -40,7 +40,7 @@ def _points(arms: Arms, rows: Rows) -> dict[str, list[tuple[Point, str]]]:
     """Family → its runs that ended, each with its arm's row; of an arm those with the best learning rate."""
     found: dict[str, list[tuple[Point, str]]] = {}
     for arm in arms.arms:
-        setting = best_setting(arm)
+        setting = arms.best(arm)
         for run in () if setting is None else setting.runs:
             try:
                 point = Point.of(run.figures)

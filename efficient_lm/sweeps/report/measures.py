@@ -57,6 +57,12 @@ ALIASES = {"params": "parameters"}
 BY_NAME = {measure.name: measure for measure in (*QUALITY, *COSTS, *OTHERS)}
 
 
+def ranked(metrics: Iterable[str]) -> tuple[Measure, ...]:
+    """The measures of quality, those that sweeps judge by first."""
+    first = [BY_NAME[name] for name in metrics if BY_NAME.get(name) in QUALITY]
+    return (*first, *(measure for measure in QUALITY if measure not in first))
+
+
 def known(measures: Iterable[Measure], names: Iterable[str]) -> list[Measure]:
     """Those of the measures that are among the names."""
     names = set(names)

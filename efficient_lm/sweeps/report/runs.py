@@ -17,10 +17,11 @@ from efficient_lm.sweeps.report.sources import Found
 from efficient_lm.training.reporting import METRICS_FILE, scanned, smoothed
 from efficient_lm.untrusted import CONFIG_BYTES, JSON_BYTES, parse_json, parse_yaml, read_bytes
 
-POINTS = 120
-"""Of a curve, at most about so many are kept."""
+POINTS, LEAST, ALL = 120, 30, 25_000
+"""Of a curve, at most about so many are kept; of many runs fewer, until of all together so many."""
 METRICS_BYTES = 1 << 30
 """Of a file of rows; a million rows have some 600 MB."""
+RATE = "optimizer.learning_rate"
 ON_PURPOSE = ("train.stop_at", "train.minutes")
 """Ends that the config asked for."""
 ENDED = ("finished", "stopped")
@@ -67,7 +68,13 @@ class Run:
         return self.state in ENDED
 
 
-def read(found: Found) -> Run:
+def read_all(found: Sequence[Found]) -> list[Run]:
+    """All runs, with curves of as many points as a page can hold."""
+    points = min(POINTS, max(LEAST, ALL // max(len(found), 1)))
+    return [read(one, points) for one in found]
+
+
+def read(found: Found, points: int = POINTS) -> Run:
     """A run as its directory, and the table of its sweep, tell of it; never fails for what is in them."""
     faults: list[str] = []
     config: dict[str, Any] = {}
@@ -80,7 +87,8 @@ def read(found: Found) -> Run:
     training, validation = _training(rows), _validation(rows)
     choices = found.row.get("choices") if isinstance(found.row.get("choices"), dict) else None
     state = _state(found.row, rows, summary, config, faults)
-    seed, rate = found.row.get("seed", config.get("run.seed")), config.get("optimizer.learning_rate")
+    seed, rate = found.row.get("seed"), config.get(RATE, (choices or {}).get(RATE))
+    seed = config.get("run.seed") if seed is None else seed
     name = found.row.get("name") or config.get("run.name") or found.path.absolute().name
     return Run(
         path=found.path,
@@ -91,8 +99,8 @@ def read(found: Found) -> Run:
         choices=choices if found.sweep else None,
         seed=seed if isinstance(seed, int) else None,
         learning_rate=_number(rate),
-        training=_thinned(training),
-        validation=_thinned(validation),
+        training=_thinned(training, points),
+        validation=_thinned(validation, points),
         figures=_figures(found.row, rows, summary, training),
         sweep=found.sweep,
     )
@@ -245,12 +253,12 @@ def _columns(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Columns
     return {name: np.array([value(row, name) for row in rows], float) for name in names}
 
 
-def _thinned(columns: Columns) -> Columns:
+def _thinned(columns: Columns, points: int) -> Columns:
     """Some of the points, the first and last among them: most of them evenly, and more of the early ones."""
     count = len(next(iter(columns.values()), ()))
-    if count <= POINTS:
+    if count <= points:
         return columns
-    even, early = np.linspace(0, count - 1, POINTS * 3 // 4), np.geomspace(1, count, POINTS // 4) - 1
+    even, early = np.linspace(0, count - 1, points * 3 // 4), np.geomspace(1, count, points // 4) - 1
     kept = np.unique(np.concatenate([even, early]).round().astype(int))
     return {name: values[kept] for name, values in columns.items()}
 

@@ -23,11 +23,13 @@ class Found:
         path: its directory, which need not be there.
         row: what the table of its sweep says of it; empty outside a sweep.
         sweep: the sweep's name, or empty.
+        metric: by which the sweep judges, or empty.
     """
 
     path: Path
     row: dict[str, Any] = field(default_factory=dict)
     sweep: str = ""
+    metric: str = ""
 
 
 @dataclass(frozen=True)
@@ -37,11 +39,13 @@ class Sources:
     Attributes:
         folders: those that were named and hold runs.
         notes: what is wrong with the sweeps themselves.
+        metrics: by which the sweeps judge, the first one's first.
     """
 
     runs: tuple[Found, ...]
     folders: tuple[Path, ...]
     notes: tuple[str, ...] = ()
+    metrics: tuple[str, ...] = ()
 
 
 def find(named: Sequence[str]) -> Sources:
@@ -69,7 +73,8 @@ def find(named: Sequence[str]) -> Sources:
                     runs[place] = run
         if pattern and len(runs) == before and not any(list(_below(path, [])) for path in paths):
             raise ConfigError(f"runs={text}: no run in {len(paths)} folders that it matches; {_wanted()}")
-    return Sources(tuple(runs.values()), tuple(folders), tuple(dict.fromkeys(notes)))
+    metrics = dict.fromkeys(found.metric for found in runs.values() if found.metric)
+    return Sources(tuple(runs.values()), tuple(folders), tuple(dict.fromkeys(notes)), tuple(metrics))
 
 
 def _below(path: Path, notes: list[str]) -> Iterator[Found]:
@@ -99,8 +104,8 @@ def is_sweep(path: Path) -> bool:
 def _of_sweep(path: Path, notes: list[str]) -> Iterator[Found]:
     name = path.absolute().name
     try:
-        rows = parse_json(read_bytes(path / TABLE, JSON_BYTES, ConfigError))
-        rows = rows.get("rows") if isinstance(rows, dict) else rows
+        table = parse_json(read_bytes(path / TABLE, JSON_BYTES, ConfigError))
+        rows = table.get("rows") if isinstance(table, dict) else None
         if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
             raise ValueError("it lists no rows")
     except (OSError, ValueError, ConfigError) as error:
@@ -115,7 +120,7 @@ def _of_sweep(path: Path, notes: list[str]) -> Iterator[Found]:
             # A table may come from anyone: it does not say what else is read here.
             fault = "its directory is not inside the sweep's folder, and is not read"
             row, place = {**row, "reason": row.get("reason") or fault}, path / "runs" / "-"
-        yield Found(place, row, name)
+        yield Found(place, row, name, str(table.get("metric") or ""))
 
 
 def _fault(path: Path) -> str:

@@ -9,7 +9,7 @@ from urllib.parse import quote
 
 from efficient_lm.pages.table import Cell, Column, Table
 from efficient_lm.sweeps.report.arms import Arms, differences, last, shown
-from efficient_lm.sweeps.report.charts import best_setting, counted
+from efficient_lm.sweeps.report.charts import counted
 from efficient_lm.sweeps.report.measures import BY_NAME, COSTS, OTHERS, QUALITY, heading, known
 from efficient_lm.sweeps.report.runs import Run
 
@@ -47,9 +47,9 @@ def spread(values: Sequence[float], name: str = "") -> Cell:
 
 def arms_table(arms: Arms) -> Table:
     """An arm a row, at the learning rate that is best for it: means and ranges over its seeds."""
-    settings = [best_setting(arm) for arm in arms.arms]
+    settings = [arms.best(arm) for arm in arms.arms]
     names = {name for each in settings if each for run in each.runs if run.ended for name in run.figures}
-    measures = known((*QUALITY, *COSTS, *OTHERS), names)
+    measures = known((*arms.quality, *COSTS, *OTHERS), names)
     # Words are in the label, and sort there; numbers do not.
     axes = [axis for axis in arms.axes if any(isinstance(arm.choices.get(axis), int | float) for arm in arms.arms)]
     rated = any(len(arm.settings) > 1 for arm in arms.arms)

@@ -15,8 +15,8 @@ from efficient_lm.pages.table import Table, laid
 from efficient_lm.sweeps.report import charts, tables
 from efficient_lm.sweeps.report.arms import Arms, arms_of
 from efficient_lm.sweeps.report.charts import counted
-from efficient_lm.sweeps.report.measures import BY_NAME, QUALITY, heading
-from efficient_lm.sweeps.report.runs import ENDED, Run, read
+from efficient_lm.sweeps.report.measures import BY_NAME, heading, ranked
+from efficient_lm.sweeps.report.runs import ENDED, Run, read_all
 from efficient_lm.sweeps.report.sources import Sources
 from efficient_lm.training.reporting import write_atomically
 
@@ -42,8 +42,8 @@ def report(sources: Sources, output: Path, title: str) -> list[Path]:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ResourceError(f"output: cannot write to {output}: {storage_fault(error) or error.strerror}") from error
-    runs = [read(found) for found in sources.runs]
-    arms = arms_of(runs)
+    runs = read_all(sources.runs)
+    arms = arms_of(runs, ranked(sources.metrics))
     arm_rows, run_rows = tables.arms_table(arms), tables.runs_table(runs, output)
     ids = {arm.label: arm_rows.row(place) for place, arm in enumerate(arms.arms)}
     by_run = {str(run.path): run_rows.row(place) for place, run in enumerate(runs)}
@@ -51,7 +51,7 @@ def report(sources: Sources, output: Path, title: str) -> list[Path]:
             charts.pareto_chart(arms, ids), charts.recall_chart(arms, ids),
             *_isoflop(arms, ids)]  # fmt: skip
     shown = {chart.name: chart for chart in made if chart is not None and chart.across and chart.up}
-    pictures = _pictures(shown, output)
+    pictures = _pictures(shown, output, arms.quality)
     text = page(title, *_body(runs, arms, sources, shown, arm_rows, run_rows, output, pictures))
     # Names of folders may hold bytes that are no text.
     write_atomically(output / PAGE, text.encode("utf-8", "replace"))
@@ -120,7 +120,7 @@ def _facts(runs: Sequence[Run], arms: Arms) -> str:
     if 1 < len(arms.arms) < len(runs):
         seeds = len({run.seed for run in runs})
         facts.append(("arms", f"{len(arms.arms)}", counted(seeds, "seed") if seeds > 1 else ""))
-    measure = next((each for each in QUALITY if any(arm.best(each) for arm in arms.arms)), None)
+    measure = next((each for each in arms.quality if any(arm.best(each) for arm in arms.arms)), None)
     if measure is not None:
         sign = -1 if measure.more else 1
         scored = [(sign * setting.mean(measure.name), arm.label) for arm in arms.arms
@@ -161,11 +161,11 @@ def _about(sources: Sources, output: Path, pictures: Sequence[Path]) -> str:
     )
 
 
-def _pictures(shown: dict[str, Chart], output: Path) -> list[Path]:
+def _pictures(shown: dict[str, Chart], output: Path, quality: Sequence[Measure]) -> list[Path]:
     """A PNG of each chart, and of quality one for each cost; those of an earlier report that have no chart now go."""
     found: list[Path] = []
     for name, chart in shown.items():
-        up = next((one for one in chart.up if one.name == "val_loss"), chart.up[0])
+        up = next((measure for measure in quality if measure in chart.up), chart.up[0])
         for across in _pictured(chart):
             path = picture(chart, output / f"{name}_{across.name}.png", across, up)
             found += [path] if path is not None else []

@@ -6,7 +6,8 @@ import os
 import numpy as np
 import pytest
 
-from efficient_lm.sweeps.report.runs import POINTS, flat, read
+from efficient_lm.sweeps.report import runs
+from efficient_lm.sweeps.report.runs import LEAST, POINTS, flat, read, read_all
 from efficient_lm.sweeps.report.sources import Found
 
 
@@ -131,6 +132,14 @@ def test_long_curves_are_thinned_and_keep_their_ends(made_run):
     tokens = read(Found(folder)).training["tokens"]
     assert len(tokens) <= POINTS and (tokens[0], tokens[-1]) == (1, 2000) and (np.diff(tokens) > 0).all()
     assert np.sum(tokens < 200) > 0.2 * len(tokens)
+
+
+def test_many_runs_have_shorter_curves(made_run, monkeypatch):
+    monkeypatch.setattr(runs, "ALL", 100)
+    found = [Found(made_run("a"))] * 20
+    rows = [{"step": step, "tokens": step, "seconds": step, "loss": 9 / step} for step in range(1, 200)]
+    (found[0].path / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert 20 < len(read_all(found)[-1].training["tokens"]) <= LEAST < len(read_all(found[:2])[0].training["tokens"])
 
 
 def test_the_last_evaluation_of_all_rows_is_no_point_of_the_curve(made_run):

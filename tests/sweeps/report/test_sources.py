@@ -42,7 +42,7 @@ def test_a_sweep_is_what_its_table_says(made_sweep, tmp_path):
     assert names(again) == ["a", "b", "later"] and again.runs[0].sweep == "sweep"
 
 
-@pytest.mark.parametrize("text", [None, "{torn", "[1]", '{"rows": 3}'])
+@pytest.mark.parametrize("text", [None, "{torn", "[1]", '{"rows": 3}', '{"rows": [3]}'])
 def test_a_sweep_without_a_table_is_its_runs(made_sweep, text):
     sweep = made_sweep({"a": {}, "b": {}})
     (sweep / "sweep.yaml").write_text("name: sweep\n")

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from efficient_lm.errors import ResourceError
+from efficient_lm.sweeps.report import write
 from efficient_lm.sweeps.report.arms import arms_of
 from efficient_lm.sweeps.report.charts import pareto_chart, rate_chart, recall_chart
 from efficient_lm.sweeps.report.runs import read
@@ -47,6 +48,12 @@ def grid(made_sweep):
     return made_sweep(runs, rows=[failed])
 
 
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Pictures take most of a report's time."""
+    monkeypatch.setattr(write, "picture", lambda *arguments: None)
+
+
 def test_a_report_of_a_sweep(grid, tmp_path):
     files = report(find([str(grid)]), grid / "report", "A sweep")
     page = files[0].read_text()
@@ -62,19 +69,20 @@ def test_a_report_of_a_sweep(grid, tmp_path):
     assert len(data_of(page, "losses")["series"]) == 16 and len(data_of(page, "rates")["series"]) == 2
     assert [row["state"] for row in csv.DictReader(files[1].open())] == ["finished"] * 8 + ["failed"]
 
+    asks_for_nothing(page, grid / "report")
 
-def test_the_page_asks_for_nothing(grid):
-    page = report(find([str(grid)]), grid / "report", "A sweep")[0].read_text()
+
+def asks_for_nothing(page, folder):
     assert not re.findall(r"https?://(?!www\.w3\.org/2000/svg)", page)
     assert not re.findall(r"<(?:link|img|iframe|object)\b|\bsrc=|@import|url\((?!#)", page)
     assert "default-src 'none'" in page and "NaN" not in page
     for target in re.findall(r'href="([^"]*)"', page):
-        assert target.startswith("#") or (grid / "report" / target).exists(), target
+        assert target.startswith("#") or (folder / target).exists(), target
     anchors = set(re.findall(r'href="#([^"]*)"', page))
     assert anchors and anchors <= set(re.findall(r'<section id="([^"]*)"', page))
 
 
-def test_nothing_of_a_run_is_read_as_html(made_run, tmp_path):
+def test_nothing_of_a_run_is_read_as_html(made_run, tmp_path, undrawn):
     evil = "<script>alert(1)</script><img src=x onerror=alert(2)>\"'"
     runs = [made_run("a", mixer=evil), made_run("b", mixer="gla", seed=1)]
     for run in runs:
@@ -88,13 +96,13 @@ def test_nothing_of_a_run_is_read_as_html(made_run, tmp_path):
     assert html.escape(evil) in page
 
 
-def test_names_that_are_no_text(made_run, tmp_path):
+def test_names_that_are_no_text(made_run, tmp_path, undrawn):
     made_run("a"), made_run("b\udcff", seed=1)
     files = report(find([str(tmp_path)]), tmp_path / "report", "odd")
     assert 'href="../b%FF/"' in files[0].read_text() and "b?" in files[0].read_text()
 
 
-def test_half_written_runs_are_reported_as_such(made_run, tmp_path):
+def test_half_written_runs_are_reported_as_such(made_run, tmp_path, undrawn):
     for name in ("config.yaml", "metrics.jsonl", "summary.json"):
         (made_run(f"without-{name[:6]}") / name).write_bytes(b"\x00{")
     (tmp_path / "bare" / "checkpoints").mkdir(parents=True)
@@ -106,7 +114,7 @@ def test_half_written_runs_are_reported_as_such(made_run, tmp_path):
     assert len(nothing) == 2 and "no config.yaml" in nothing[0].read_text()
 
 
-def test_pictures_of_an_earlier_report_go(grid):
+def test_pictures_of_an_earlier_report_go(grid, undrawn):
     (grid / "report").mkdir()
     for name in ("recall_cache_bytes.png", "mine.png"):
         (grid / "report" / name).write_bytes(b"")
@@ -139,6 +147,19 @@ def test_quality_against_cost_and_recall_against_state(made_run, tmp_path):
     assert columns["val_accuracy:low"] == pytest.approx([0.2, 0.4]) and recall.series[1].line
     assert recall.series[1].rows == ["row-gla · width 32", "row-gla · width 64"]
     assert rate_chart(arms, rows) is None
+
+
+def test_a_sweep_s_own_metric_decides(made_sweep, undrawn):
+    """Which of two rates is the better one, and what is shown first."""
+    sweep = made_sweep(
+        {"a": {"rate": 1e-3, "end": 3.0, "accuracy": 0.2}, "b": {"rate": 1e-2, "end": 4.0, "accuracy": 0.9}}
+    )
+    for metric, rate in (("val_accuracy", "0.01"), ("val_loss", "0.001"), ("unheard_of", "0.001")):
+        table = json.loads((sweep / "table.json").read_text())
+        (sweep / "table.json").write_text(json.dumps(table | {"metric": metric}))
+        page = report(find([str(sweep)]), sweep / "report", "x")[0].read_text()
+        assert cells(page, "arms")[0][1] == rate
+        assert data_of(page, "rates")["up"][0]["name"] == (metric if metric in ("val_accuracy",) else "val_loss")
 
 
 def test_recall_says_whose_state_is_not_known(made_run, tmp_path):
