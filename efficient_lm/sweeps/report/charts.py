@@ -10,6 +10,8 @@ from efficient_lm.sweeps.report.runs import Run
 
 Rows = Mapping[str, str]
 """What has a row in a table (a run's path, an arm's label) → the row's id."""
+SAME = 1e-3
+"""Relative difference up to which FLOPs of a token are those of one arm: rows may grow, and runs stop, on the way."""
 
 
 def counted(number: int, what: str) -> str:
@@ -72,36 +74,22 @@ def envelope_chart(arms: Arms) -> Chart | None:
     """The best of the learning rates wherever training stops; None where no arm has several runs."""
     if all(len(arm.runs) == 1 for arm in arms.arms):
         return None
-    series = []
-    for arm in arms.arms:
-        for measure in (*TRAINING, *VALIDATION):
-            for along, names in (("tokens", ("tokens", "flops")), ("seconds", ("seconds",))):
-                found = envelope(arm, along, measure.name, measure.more)
-                if found is None:
-                    continue
-                columns = {name: listed(found.along) for name in names[:1]}
-                flops = {run.figures.get("training_flops_per_token") for run in arm.runs if run.ended}
-                if "flops" in names and len(flops) == 1 and None not in flops:
-                    columns["flops"] = listed(found.along * next(iter(flops)))
-                columns |= {measure.name: listed(found.mean)}
-                if (found.low < found.high).any():
-                    columns |= {measure.name + LOW: listed(found.low), measure.name + HIGH: listed(found.high)}
-                labels = [
-                    arm.label + ("" if rate is None else f", learning rate {shown(rate)}") for rate in found.rates
-                ]
-                series.append(Series(arm.label, arms.group(arm), columns, strong=True, labels=labels,
-                                     marks=len(found.along) == 1))  # fmt: skip
+    series = [
+        each
+        for arm in arms.arms
+        for measure in (*TRAINING, *VALIDATION)
+        for along in ("tokens", "seconds")
+        if (each := _envelope_series(arms, arm, measure, along)) is not None
+    ]
     if not series:
         return None
     rates = max(len(arm.settings) for arm in arms.arms)
     seeds = max(len(setting.runs) for arm in arms.arms for setting in arm.settings)
-    over = (
-        f"the best of up to {rates} learning rates had one stopped there" if rates > 1 else "all runs of each together"
-    )
-    mean = (
-        f" Lines are means of up to {seeds} seeds{' of the setting that is best there' if rates > 1 else ''}, bands "
-        "go from the best seed to the worst."
-    )
+    over, there = "all runs of each together", ""
+    if rates > 1:
+        over = f"at every place the best of up to {rates} learning rates, as if training had stopped there"
+        there = " of the rate that is best there"
+    mean = f" Lines are means of up to {seeds} seeds{there}, bands go from the best seed to the worst."
     caption = (
         f"{counted(len(arms.arms), 'arm')}: {over}.{mean if seeds > 1 else ''} Runs that did not end are left out; the "
         "training loss is smoothed."
@@ -109,6 +97,21 @@ def envelope_chart(arms: Arms) -> Chart | None:
     title = "The best of each arm's learning rates" if rates > 1 else "Means over seeds"
     return Chart("envelopes", title, caption, PROGRESS, (*TRAINING, *VALIDATION), series, arms.legend,
                  settle=True).reduced()  # fmt: skip
+
+
+def _envelope_series(arms: Arms, arm: Arm, measure: Measure, along: str) -> Series | None:
+    found = envelope(arm, along, measure.name, measure.more)
+    if found is None:
+        return None
+    columns = {along: listed(found.along), measure.name: listed(found.mean)}
+    flops = [run.figures.get("training_flops_per_token") for run in arm.runs if run.ended]
+    if along == "tokens" and None not in flops and max(flops) < (1 + SAME) * min(flops):
+        columns["flops"] = listed(found.along * (sum(flops) / len(flops)))
+    if (found.low < found.high).any():
+        columns |= {measure.name + LOW: listed(found.low), measure.name + HIGH: listed(found.high)}
+    labels = [arm.label + ("" if rate is None else f", learning rate {shown(rate)}") for rate in found.rates]
+    alone = len(found.along) == 1
+    return Series(arm.label, arms.group(arm), columns, strong=True, labels=labels, marks=alone)
 
 
 def rate_chart(arms: Arms, rows: Rows) -> Chart | None:
@@ -134,9 +137,9 @@ def rate_chart(arms: Arms, rows: Rows) -> Chart | None:
 
 
 def pareto_chart(arms: Arms, rows: Rows) -> Chart | None:
-    """Quality at the end against every cost that is known; None where none is."""
+    """Quality at the end against every cost that is known; None of fewer than two arms."""
     best = _best(arms)
-    if not best:
+    if len(best) < 2:
         return None
     series = _by_family(best, COSTS, rows)
     rated = (
@@ -151,10 +154,10 @@ def pareto_chart(arms: Arms, rows: Rows) -> Chart | None:
 
 
 def recall_chart(arms: Arms, rows: Rows) -> Chart | None:
-    """Accuracy against the size of the state that a sequence is remembered in; None where no run has both."""
+    """Accuracy against the size of the state that a sequence is remembered in; None of fewer than two arms."""
     accuracies = [measure for measure in VALIDATION if measure.more]
     best = _best(arms, accuracies[0])
-    if not best:
+    if len(best) < 2:
         return None
     state = Measure("cache_bytes", "state of one sequence (bytes)", log=True)
     size = Measure("parameters", "parameters", log=True)

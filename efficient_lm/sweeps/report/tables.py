@@ -79,7 +79,7 @@ def arms_table(arms: Arms) -> Table:
     if measures:
         caption = (
             f"{counted(len(arms.arms), 'arm')}, each at the learning rate with the best {heading(measures[0].name)}: "
-            "the mean over seeds, and its range where there are several. The best of every measure stands out."
+            "the mean over seeds, and its range where there are several. The best loss and the best accuracy stand out."
         )
     return Table("arms", caption, columns, rows)
 

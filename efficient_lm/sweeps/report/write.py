@@ -21,12 +21,20 @@ from efficient_lm.sweeps.report.sources import Sources
 from efficient_lm.training.reporting import write_atomically
 
 PAGE, CSV = "report.html", "runs.csv"
-CHARTS = ("losses", "envelopes", "rates", "pareto", "recall", "isoflop")
-"""Names that PNGs begin with."""
 SIZES = 4
 """Of a family, from which on there may be IsoFLOP profiles."""
 PICTURED = ("parameters", "training_flops_per_token", "flops_per_token", "latency_ms", "cache_bytes")
 """Costs that get a picture of quality against them."""
+DRAWN = {
+    "losses": ("tokens", "flops", "seconds"),
+    "envelopes": ("tokens", "seconds"),
+    "rates": ("learning_rate",),
+    "pareto": PICTURED,
+    "recall": ("cache_bytes", "parameters"),
+    "isoflop_profiles": ("parameters",),
+    "isoflop_laws": ("flops",),
+}
+"""Every picture that a report may have: chart → what goes across."""
 
 
 def report(sources: Sources, output: Path, title: str) -> list[Path]:
@@ -88,7 +96,7 @@ def _body(
         "quality": ("Quality against cost", [shown.get("pareto")]),
         "isoflop": ("Size and compute", [shown.get("isoflop_profiles"), shown.get("isoflop_laws")]),
         "memory": ("Recall against state size", [shown.get("recall")]),
-        "arms": ("Arms", [arm_rows] if len(arms.arms) < len(runs) else []),
+        "arms": ("Arms", [arm_rows] if len(arms.arms) < len(runs) or any(run.sweep for run in runs) else []),
         "runs": ("Runs", [run_rows]),
         "incomplete": ("Incomplete runs", [missing] if missing.rows else []),
         "config": ("What the configs differ in", [differing]),
@@ -169,9 +177,8 @@ def _pictures(shown: dict[str, Chart], output: Path, quality: Sequence[Measure])
         for across in _pictured(chart):
             path = picture(chart, output / f"{name}_{across.name}.png", across, up)
             found += [path] if path is not None else []
-    for old in output.glob("*.png"):
-        if old not in found and old.stem.split("_")[0] in CHARTS:
-            old.unlink()
+    for old in {output / f"{chart}_{across}.png" for chart, names in DRAWN.items() for across in names} - set(found):
+        old.unlink(missing_ok=True)
     return found
 
 

@@ -59,6 +59,7 @@ def test_a_report_of_a_sweep(grid, tmp_path):
     page = files[0].read_text()
     assert [file.name for file in files[:2]] == ["report.html", "runs.csv"] and "<h1>A sweep</h1>" in page
     pictures = {file.name for file in files[2:]}
+    assert pictures <= {f"{chart}_{name}.png" for chart, names in write.DRAWN.items() for name in names}
     assert pictures == {"losses_tokens.png", "losses_flops.png", "losses_seconds.png", "envelopes_tokens.png",
                         "rates_learning_rate.png"}  # fmt: skip
     assert all((grid / "report" / name).read_bytes()[:4] == b"\x89PNG" for name in pictures)
@@ -116,10 +117,10 @@ def test_half_written_runs_are_reported_as_such(made_run, tmp_path, undrawn):
 
 def test_pictures_of_an_earlier_report_go(grid, undrawn):
     (grid / "report").mkdir()
-    for name in ("recall_cache_bytes.png", "mine.png"):
+    for name in ("recall_cache_bytes.png", "losses_mine.png"):
         (grid / "report" / name).write_bytes(b"")
     report(find([str(grid)]), grid / "report", "A sweep")
-    assert not (grid / "report" / "recall_cache_bytes.png").exists() and (grid / "report" / "mine.png").exists()
+    assert not (grid / "report" / "recall_cache_bytes.png").exists() and (grid / "report" / "losses_mine.png").exists()
 
 
 def test_a_folder_that_cannot_be_made(grid, tmp_path):
