@@ -7,13 +7,14 @@ import pytest
 
 from efficient_lm.composition import compose
 from efficient_lm.config import ConvertConfig, EvaluateConfig, GenerateConfig, PlanConfig, RunConfig
+from efficient_lm.sweeps.report.spec import ReportConfig
 from efficient_lm.upcycling.config import ExtractConfig, MergeConfig, UpcycleConfig
 from efficient_lm.validation import validate
 
 CONFIGS = {
     "train": RunConfig, "plan": RunConfig, "evaluate": EvaluateConfig, "generate": GenerateConfig,
     "upcycle": UpcycleConfig, "merge": MergeConfig, "extract": ExtractConfig,
-    "convert": ConvertConfig,
+    "convert": ConvertConfig, "report": ReportConfig,
 }  # fmt: skip
 
 

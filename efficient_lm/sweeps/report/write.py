@@ -25,6 +25,18 @@ SIZES = 4
 """Of a family, from which on there may be IsoFLOP profiles."""
 PICTURED = ("parameters", "training_flops_per_token", "flops_per_token", "latency_ms", "cache_bytes")
 """Costs that get a picture of quality against them."""
+PARTS = {
+    "loss": "Loss",
+    "rate": "Learning rates",
+    "quality": "Quality against cost",
+    "compute": "Size and compute",
+    "memory": "Recall against state size",
+    "arm": "Arms",
+    "run": "Runs",
+    "incomplete": "Incomplete runs",
+    "config": "What the configs differ in",
+}
+"""Parts of the page, in order; those without data are left out."""
 DRAWN = {
     "losses": ("tokens", "flops", "seconds"),
     "envelopes": ("tokens", "seconds"),
@@ -90,21 +102,21 @@ def _body(
     pictures: Sequence[Path],
 ) -> list[str]:
     missing, differing = tables.faults_table(runs, output), tables.differences_table(runs)
-    parts = {
-        "loss": ("Loss", [shown.get("envelopes"), shown.get("losses")]),
-        "rates": ("Learning rates", [shown.get("rates")]),
-        "quality": ("Quality against cost", [shown.get("pareto")]),
-        "isoflop": ("Size and compute", [shown.get("isoflop_profiles"), shown.get("isoflop_laws")]),
-        "memory": ("Recall against state size", [shown.get("recall")]),
-        "arms": ("Arms", [arm_rows] if len(arms.arms) < len(runs) or any(run.sweep for run in runs) else []),
-        "runs": ("Runs", [run_rows]),
-        "incomplete": ("Incomplete runs", [missing] if missing.rows else []),
-        "config": ("What the configs differ in", [differing]),
+    parts: dict[str, list[Chart | Table | None]] = {
+        "loss": [shown.get("envelopes"), shown.get("losses")],
+        "rate": [shown.get("rates")],
+        "quality": [shown.get("pareto")],
+        "compute": [shown.get("isoflop_profiles"), shown.get("isoflop_laws")],
+        "memory": [shown.get("recall")],
+        "arm": [arm_rows] if len(arms.arms) < len(runs) or any(run.sweep for run in runs) else [],
+        "run": [run_rows],
+        "incomplete": [missing] if missing.rows else [],
+        "config": [differing],
     }
-    present = [(name, title, [part for part in found if part is not None]) for name, (title, found) in parts.items()]
-    present = [(name, title, found) for name, title, found in present if found]
-    sections = [section(f"{name}-section", title, *_html(found)) for name, title, found in present]
-    links = [(f"{name}-section", title) for name, title, _ in present] + [("about", "About this page")]
+    present = {name: [part for part in found if part is not None] for name, found in parts.items()}
+    present = {name: found for name, found in present.items() if found}
+    sections = [section(name, PARTS[name], *_html(found)) for name, found in present.items()]
+    links = [(name, PARTS[name]) for name in present] + [("about", "About this page")]
     notes = [paragraph(note, "note") for note in sources.notes]
     return [_facts(runs, arms), contents(links), *notes, *sections, _about(sources, output, pictures)]
 
