@@ -13,8 +13,8 @@ from efficient_lm.sweeps.report.charts import counted
 from efficient_lm.sweeps.report.measures import BY_NAME, COSTS, OTHERS, QUALITY, heading, known
 from efficient_lm.sweeps.report.runs import Run
 
-FEW = 6
-"""Runs up to which a table of differences has a column for each."""
+FEW, LISTED = 6, 5
+"""Arms up to which a table of differences has a column for each; values of an arm up to which each is said."""
 PLACES = 4
 """Of losses and accuracies."""
 UNITS = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"))
@@ -129,33 +129,40 @@ def faults_table(runs: Sequence[Run], output: Path) -> Table:
     return Table("missing", caption, columns, rows)
 
 
-def differences_table(runs: Sequence[Run]) -> Table | None:
-    """Keys whose values are not the same everywhere; those that most runs do not have stand out."""
-    read = [run for run in runs if run.config]
-    keys = differences([run.config for run in read])
-    if len(read) < 2 or not keys:
+def differences_table(arms: Arms) -> Table | None:
+    """Keys whose values are not the same everywhere; those that most arms do not have stand out."""
+    read = [(arm, [run for run in arm.runs if run.config]) for arm in arms.arms]
+    read = [(arm, runs) for arm, runs in read if runs]
+    configs = [run.config for _, runs in read for run in runs]
+    keys = differences(configs)
+    if not keys:
         return None
-    usual = {key: _usual([_text(run, key) for run in read]) for key in keys}
+    texts = {key: [_values(runs, key) for _, runs in read] for key in keys}
+    usual = {key: _usual(said) for key, said in texts.items()}
 
-    def cell(run: Run, key: str) -> Cell:
-        text = _text(run, key)
+    def cell(key: str, place: int) -> Cell:
+        text = texts[key][place]
         return Cell(text, text, marked=usual[key] is not None and text != usual[key])
 
     caption = (
-        f"{counted(len(keys), 'key')} of config.yaml in which {counted(len(read), 'run')} differ; values other than "
+        f"{counted(len(keys), 'key')} of config.yaml in which {counted(len(configs), 'run')} differ; values other than "
         "the most frequent one stand out. “absent”: the config has no such key."
     )
+    places = range(len(read))
     if len(read) <= FEW:
-        columns = [Column("key"), *(Column(run.name) for run in read)]
-        rows = [[Cell(key, key), *(cell(run, key) for run in read)] for key in keys]
+        columns = [Column("key"), *(Column(arm.label) for arm, _ in read)]
+        rows = [[Cell(key, key), *(cell(key, place) for place in places)] for key in keys]
     else:
-        columns = [Column("run"), *(Column(key) for key in keys)]
-        rows = [[Cell(run.name, run.name), *(cell(run, key) for key in keys)] for run in read]
+        columns = [Column("arm"), *(Column(key) for key in keys)]
+        rows = [[Cell(read[place][0].label, read[place][0].label), *(cell(key, place) for key in keys)]
+                for place in places]  # fmt: skip
     return Table("differences", caption, columns, rows)
 
 
-def _text(run: Run, key: str) -> str:
-    return shown(run.config[key]) if key in run.config else "absent"
+def _values(runs: Sequence[Run], key: str) -> str:
+    """The value that an arm's runs have; of several the few there are, or how many."""
+    found = list(dict.fromkeys(shown(run.config[key]) if key in run.config else "absent" for run in runs))
+    return ", ".join(found) if len(found) <= LISTED else f"{len(found)} values"
 
 
 def _usual(texts: Sequence[str]) -> str | None:

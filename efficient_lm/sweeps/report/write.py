@@ -101,7 +101,7 @@ def _body(
     output: Path,
     pictures: Sequence[Path],
 ) -> list[str]:
-    missing, differing = tables.faults_table(runs, output), tables.differences_table(runs)
+    missing, differing = tables.faults_table(runs, output), tables.differences_table(arms)
     parts: dict[str, list[Chart | Table | None]] = {
         "loss": [shown.get("envelopes"), shown.get("losses")],
         "rate": [shown.get("rates")],

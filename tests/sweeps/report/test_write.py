@@ -13,7 +13,7 @@ from efficient_lm.sweeps.report import write
 from efficient_lm.sweeps.report.arms import arms_of
 from efficient_lm.sweeps.report.charts import pareto_chart, rate_chart, recall_chart
 from efficient_lm.sweeps.report.runs import read
-from efficient_lm.sweeps.report.sources import Found, find
+from efficient_lm.sweeps.report.sources import find
 from efficient_lm.sweeps.report.tables import arms_table, differences_table, faults_table, link, number
 from efficient_lm.sweeps.report.write import report
 
@@ -180,16 +180,23 @@ def test_the_best_of_every_measure_stands_out(made_run, tmp_path):
     assert marked == {("b", "validation loss"), ("b", "training loss"), ("a", "accuracy")}
 
 
-def test_differences_stand_in_rows_or_in_columns(made_run):
-    few = [read(Found(made_run(name, mixer=mixer))) for name, mixer in (("a", "gla"), ("b", "gla"), ("c", "mamba2"))]
-    table = differences_table(few)
-    assert [column.title for column in table.columns] == ["key", "a", "b", "c"]
-    assert [cell.text for cell in table.rows[0]] == ["model.blocks.layer.mixer.kind", "gla", "gla", "mamba2"]
-    assert [cell.marked for cell in table.rows[0]] == [False, False, False, True]
-    many = few + [read(Found(made_run(f"m{seed}", seed=seed))) for seed in range(1, 6)]
-    table = differences_table(many)
-    assert [column.title for column in table.columns] == ["run", "model.blocks.layer.mixer.kind", "run.seed"]
-    assert len(table.rows) == 8 and differences_table(few[:1]) is None
+def test_differences_stand_in_rows_or_in_columns(made_run, tmp_path):
+    for name, mixer, rate in (("a", "gla", 1e-3), ("b", "gla", 1e-2), ("c", "attention", 1e-3), ("d", "gla2", 1e-3)):
+        made_run(name, mixer=mixer, rate=rate)
+    table = differences_table(arms_below(tmp_path))
+    assert [column.title for column in table.columns] == ["key", "attention", "gla", "gla2"]
+    kinds, rates = table.rows
+    assert [cell.text for cell in kinds] == ["model.blocks.layer.mixer.kind", "attention", "gla", "gla2"]
+    assert [cell.text for cell in rates] == ["optimizer.learning_rate", "0.001", "0.001, 0.01", "0.001"]
+    assert [cell.marked for cell in rates] == [False, False, True, False] and not any(cell.marked for cell in kinds)
+    for seed in range(1, 8):
+        made_run(f"m{seed}", width=seed, seed=seed)
+    table = differences_table(arms_below(tmp_path))
+    assert [column.title for column in table.columns][:3] == ["arm", "model.blocks.layer.mixer.kind", "model.width"]
+    assert len(table.rows) == 10
+    made_run("e", mixer="gla", rate=3e-3, folder=tmp_path / "one"), made_run("f", mixer="gla", folder=tmp_path / "one")
+    assert len(differences_table(arms_below(tmp_path / "one")).rows) == 1
+    assert differences_table(arms_below(tmp_path / "one" / "e")) is None
 
 
 def test_links_are_relative_and_plain(tmp_path):
