@@ -130,7 +130,7 @@ def arms_of(runs: Sequence[Run], quality: tuple[Measure, ...] = QUALITY) -> Arms
         Arm(text, _family(key, text), dict(key), tuple(found))
         for text, (key, found) in zip(labels, members.items(), strict=True)
     ]
-    return Arms(tuple(sorted(arms, key=_natural)), axes, quality)
+    return Arms(tuple(sorted(arms, key=lambda arm: [natural(value) for value in arm.choices.values()])), axes, quality)
 
 
 NAME = "run"
@@ -272,11 +272,9 @@ def _unique(labels: Sequence[str]) -> list[str]:
     return unique
 
 
-def _natural(arm: Arm) -> tuple[Any, ...]:
-    """Numbers by their size, text by its letters."""
-    return tuple(
-        (0, float(value), "") if _is_number(value) else (1, 0.0, shown(value)) for value in arm.choices.values()
-    )
+def natural(value: Any) -> tuple[int, float, str]:
+    """What values are sorted by: numbers by their size, all else as text."""
+    return (0, float(value), "") if _is_number(value) else (1, 0.0, shown(value))
 
 
 def _is_number(value: Any) -> bool:

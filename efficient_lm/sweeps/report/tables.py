@@ -8,7 +8,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from efficient_lm.pages.table import Cell, Column, Table
-from efficient_lm.sweeps.report.arms import Arms, differences, last, shown
+from efficient_lm.sweeps.report.arms import Arms, differences, last, natural, shown
 from efficient_lm.sweeps.report.charts import counted
 from efficient_lm.sweeps.report.measures import BY_NAME, COSTS, OTHERS, QUALITY, heading, known
 from efficient_lm.sweeps.report.runs import Run
@@ -161,7 +161,8 @@ def differences_table(arms: Arms) -> Table | None:
 
 def _values(runs: Sequence[Run], key: str) -> str:
     """The value that an arm's runs have; of several the few there are, or how many."""
-    found = list(dict.fromkeys(shown(run.config[key]) if key in run.config else "absent" for run in runs))
+    values = {shown(run.config[key]) if key in run.config else "absent": run.config.get(key) for run in runs}
+    found = sorted(values, key=lambda text: natural(values[text]))
     return ", ".join(found) if len(found) <= LISTED else f"{len(found)} values"
 
 
