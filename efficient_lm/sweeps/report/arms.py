@@ -11,14 +11,14 @@ import numpy as np
 from efficient_lm.pages.chart import Measure
 from efficient_lm.pages.palette import Style, style
 from efficient_lm.sweeps.report.measures import QUALITY
-from efficient_lm.sweeps.report.runs import Run
+from efficient_lm.sweeps.report.runs import RATE, Run
 
 IDENTITY = ("run", "tracker")
 """Sections of a config that say which run it is, and not what it does."""
 SIZED = ("isoflop", "budget")
 """Axes whose values are names of sizes: arms that differ in them alone are a family, as with numbers."""
-TUNED = ("learning_rate", "seed")
-"""Last parts of keys that do not make an arm: over the first the best is taken, over the second the mean."""
+TUNED = (RATE, "run.seed", "learning_rate", "seed")
+"""Keys and axes that do not make an arm: over rates the best is taken, over seeds the mean."""
 MOST = 12
 """Of arms in a legend; more than that are drawn by family."""
 
@@ -146,12 +146,12 @@ def _choices(run: Run, named: bool) -> dict[str, Any] | None:
     if run.choices is None:
         return None
     sweep = {"sweep": run.sweep} if named else {}
-    return sweep | {name: value for name, value in run.choices.items() if last(name) not in TUNED}
+    return sweep | {name: value for name, value in run.choices.items() if name not in TUNED}
 
 
 def _derived(runs: Sequence[Run]) -> tuple[list[Key], dict[Key, str]]:
     """Keys of runs by their configs, and labels where the runs' own names are the better ones."""
-    differing = {key for key in differences([run.config for run in runs]) if last(key) not in TUNED}
+    differing = {key for key in differences([run.config for run in runs]) if key not in TUNED}
     by_config: dict[Key, list[int]] = {}
     for place, run in enumerate(runs):
         by_config.setdefault(tuple((key, _hashable(run.config.get(key))) for key in sorted(differing)), []).append(
@@ -282,7 +282,7 @@ def _is_number(value: Any) -> bool:
         return False
     try:
         float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return False
     return True
 

@@ -69,6 +69,18 @@ def test_arms_of_plain_runs_are_what_their_configs_differ_in():
     ]
 
 
+def test_other_rates_than_the_optimizer_s_own_make_arms():
+    group = "optimizer.groups.embedding.learning_rate"
+    assert labels([run(f"{rate}{seed}", seed=seed, **{group: rate}) for rate in (1e-3, 2e-3) for seed in (0, 1)]) == [
+        "learning_rate 0.001", "learning_rate 0.002"]  # fmt: skip
+    (one,) = arms_of([run("a", choices={"learning_rate": 1}), run("b", choices={"learning_rate": 2})]).arms
+    assert len(one.runs) == 2
+
+
+def test_numbers_that_no_float_holds_are_text():
+    assert labels([run("a", choices={"x": 10**400}), run("b", choices={"x": 2})])[0] == "x 2"
+
+
 def test_a_run_without_a_config_is_by_itself():
     broken = replace(run("broken"), config={})
     assert labels([run("a", width=1), run("b", width=1), run("c", width=2), broken]) == ["width 1", "width 2", "broken"]
