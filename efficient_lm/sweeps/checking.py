@@ -134,11 +134,9 @@ def _composed(config: Any) -> Any:
 
 
 def _figures(config: Any, wanted: Sequence[str]) -> dict[str, float]:
-    import jax
-
     from efficient_lm.errors import nearest
     from efficient_lm.models.parameters import count_parameters
-    from efficient_lm.training.accounting import run_flops_per_token
+    from efficient_lm.training.accounting import cache_bytes, run_flops_per_token
     from efficient_lm.training.portions import Portions
 
     measured = ("loss", "bits_per_byte") if config.data.reads_text else ("loss", "accuracy", "sequence_accuracy")
@@ -154,8 +152,7 @@ def _figures(config: Any, wanted: Sequence[str]) -> dict[str, float]:
         "training_flops": run_flops_per_token(config, model) * Portions(config.train).tokens(),
     }
     if "cache_bytes" in wanted:
-        caches = jax.eval_shape(lambda: model.init_caches(1, length, config.precision.dtype))
-        figures["cache_bytes"] = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(caches))
+        figures["cache_bytes"] = cache_bytes(model, length, config.precision.dtype)
     return figures
 
 

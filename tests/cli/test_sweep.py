@@ -48,11 +48,11 @@ def refused(run, on_numbers, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (["mixr=attention,gla"], "mixr: unknown key; did you mean 'mixer'"),
+        (["mixr=attention,gla"], "mixr: unknown key; valid: data,"),
         (["mixer=attention,glaa"], "glaa: mixer=glaa: no such config; did you mean 'gla'"),
         (["mixer=attention,"], "mixer=attention,: an empty choice"),
         (["axes={mixer: []}"], "axes.mixer: an empty choice"),
-        (["model=mamba2_tiny,uniform", "mixer=attention,gla"], "mixer=attention: nothing reads it"),
+        (["model=mamba2_tiny,uniform", "mixer=attention,gla"], "nothing reads it: model=mamba2_tiny names the "),
         (["optimizer.learning_rate=1e-3,hello"], "learning_rate_hello: optimizer.learning_rate: expected a number"),
         (["model.width=16,17"], "width_17: "),
         (["mixer=attention,gla", "metric=val_accuracy"], "metric: runs of such data have no 'val_accuracy'"),

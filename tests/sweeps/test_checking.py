@@ -25,7 +25,8 @@ def small(tmp_path):
 def test_figures_that_follow_from_the_config(small):
     found = check(Question((*small, "run.seed=3"), figures=("val_loss", "cache_bytes")))
     assert (found.seed, found.steps, found.overrides, found.known) == (3, 3, (), Known())
-    assert found.figures["parameters"] > 1000 and found.figures["cache_bytes"] == 2 * 2 * 32 * 16 * 4
+    # Keys and values, and where each stands in its text.
+    assert found.figures["parameters"] > 1000 and 1 < found.figures["cache_bytes"] / (2 * 2 * 32 * 16 * 4) < 1.1
     assert found.figures["training_flops"] > 3 * 2 * 32 * found.figures["flops_per_token"]
     assert found.config["model"]["vocab_size"] > 255 and not {"run", "tracker"} & set(found.config)
 
@@ -43,7 +44,7 @@ def test_the_memory_is_that_of_the_compiled_step(small):
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (["mixr=gla"], "mixr: unknown key; did you mean"),
+        (["mixr=gla"], "mixr: unknown key; valid: data,"),
         (["mixer=glaa"], "mixer=glaa: no such config; did you mean 'gla'"),
         (["mixer.haeds=2"], "mixer.haeds: unknown key; did you mean 'heads'"),
         (["model=mamba2_tiny", "mixer=gla"], "mixer=gla: nothing reads it"),
