@@ -18,8 +18,8 @@ TEXT_KEYS = ("prompt",)
 """Keys whose value is taken as it is written, so that prose needs no quoting inside the shell's quotes."""
 
 
-def parse(text: str) -> Override:
-    """One override. Raises `ConfigError` for bad syntax, and for several values where one is wanted."""
+def parse(text: str, several: bool = False) -> Override:
+    """One override. Raises `ConfigError` for bad syntax, and unless `several` for more values than one."""
     key, _, value = text.partition("=")
     if key in TEXT_KEYS and value[:1] not in ("[", "'", '"'):
         return Override(OverrideType.CHANGE, key, ValueType.ELEMENT, value.replace("${", "\\${"), input_line=text)
@@ -27,7 +27,7 @@ def parse(text: str) -> Override:
         override = OverridesParser.create().parse_override(text)
     except HydraException as error:
         raise ConfigError(_syntax_fault(text)) from error
-    if override.is_sweep_override():
+    if override.is_sweep_override() and not several:
         raise ConfigError(
             f"{text}: several values for one run; a list is written {key}=[a,b], text with commas {key}=\"'a, b'\""
         )
@@ -37,6 +37,8 @@ def parse(text: str) -> Override:
 def _syntax_fault(text: str) -> str:
     if "=" not in text and not text.startswith("~"):
         return f"{text}: not an override: write key=value, such as train.steps=100"
+    if re.search(r"^[^\[{'\"]*[=,(]\s*([,)]|$)", text):
+        return f"{text}: an empty choice; write key=a,b, with a value on each side of a comma"
     return (
         f"{text}: not a valid override: write key=value, as train.steps=100, key=[a,b] or key={{a: 1}}; "
         "quote special characters: key=\"'...'\""

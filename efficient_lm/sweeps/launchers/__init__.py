@@ -2,4 +2,4 @@
 
 from efficient_lm.spec import load_kinds
 
-load_kinds(__name__, list(__path__))
+load_kinds(__name__, __path__)

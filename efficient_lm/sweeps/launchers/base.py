@@ -9,6 +9,9 @@ from typing import NamedTuple, Protocol
 
 from efficient_lm.spec import Choice, Count
 
+UNKNOWN = -256
+"""Exit status of a run that has ended, when nobody can say how; its run directory then tells what became of it."""
+
 
 class Job(NamedTuple):
     """A run to be started.
@@ -52,7 +55,16 @@ class Handle(Protocol):
 
 
 class Launcher:
-    """Starts runs, at most `concurrent` of them at once."""
+    """Starts runs, at most `concurrent` of them at once.
+
+    Attributes:
+        limit_bytes: of memory that runs share; a run that has more by itself is refused before the sweep. None: any.
+    """
+
+    limit_bytes: float | None = None
+
+    def measured(self, device_bytes: int | None) -> None:
+        """Told before the first run: the memory of an accelerator of this machine; None where there is none."""
 
     def room(self, job: Job) -> bool:
         """Whether `submit` would take this job now; the sweep asks before."""
@@ -82,6 +94,11 @@ class LauncherSpec(Choice, role="launcher"):
     """
 
     concurrent: Count = 1
+
+    @property
+    def counts_memory(self) -> bool:
+        """Whether `Job.memory_bytes` is wanted: every candidate is then compiled before the sweep."""
+        return False
 
     def build(self) -> Launcher:
         """The launcher. Raises `ConfigError` where this machine has not what it needs, with its name."""
