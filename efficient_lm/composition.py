@@ -363,3 +363,15 @@ def _yaml_fault(error: Exception, where: str) -> str:
         return f"{where}: {first_line(error)}"
     name = where if mark.name.startswith("<") else mark.name
     return f"{name}:{mark.line + 1}: not valid YAML: {error.problem or error.context}"
+
+
+def differences(saved: Any, wanted: Any, path: str = "") -> list[str]:
+    """Dotted keys at which two plain configs differ, as ``key: saved → wanted``."""
+    if isinstance(saved, dict) and isinstance(wanted, dict):
+        names = sorted(set(saved) | set(wanted))
+        return [
+            line
+            for name in names
+            for line in differences(saved.get(name), wanted.get(name), f"{path}.{name}".lstrip("."))
+        ]
+    return [] if saved == wanted else [f"{path}: {saved} → {wanted}"]

@@ -9,6 +9,7 @@ VERBS = (
     "evaluate",
     "generate",
     "plan",
+    "sweep",
     "convert",
     "upcycle",
     "merge",

@@ -98,6 +98,9 @@ def _parser(verb: str) -> _Parser:
 def _print_config(verb: str, module: ModuleType, options: argparse.Namespace) -> None:
     if module.ROOT is None:
         raise ConfigError(f"{verb}: has no config to print")
+    if hasattr(module, "compose_job"):
+        print(module.compose_job(options.overrides, options.config_dir), end="")
+        return
     from efficient_lm.composition import compose
 
     print(compose(module.ROOT, options.overrides, options.config_dir).to_yaml(), end="")

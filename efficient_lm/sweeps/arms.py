@@ -108,15 +108,14 @@ class Space:
             # Optuna takes one set of values for a name: a key may have others in other blocks.
             named = [replace(axis, name=f"{axis.name} [{said}]") for axis in inner]
             known = {key for axis in blocks[0].axes for key in axis.keys}
-            for axis in inner:
-                if axis.name in known:
-                    raise ConfigError(f"{place}.axes.{axis.name}: is an axis of every arm already")
+            taken = {axis.name for block in blocks for axis in block.axes}
+            for axis in named:
+                if axis.keys[0] in known or axis.name in taken:
+                    raise ConfigError(f"{place}.axes.{axis.keys[0]}: is an axis of these arms already")
             for text in when.base:
                 parse(text)
             blocks.append(Block(condition, tuple(named), when.base))
-        excluded = tuple(
-            _condition(given, blocks, f"exclude.{number}") for number, given in enumerate(config.exclude)
-        )
+        excluded = tuple(_condition(given, blocks, f"exclude.{number}") for number, given in enumerate(config.exclude))
         seeds = tuple(range(config.seeds)) if isinstance(config.seeds, int) else config.seeds or (None,)
         return cls(tuple(blocks), excluded, seeds)
 
@@ -194,7 +193,9 @@ def _condition(given: Mapping[str, Any], blocks: Sequence[Block], place: str) ->
     for axis in (axis for block in blocks for axis in block.axes):
         for key in axis.keys:
             values = known.setdefault(key, [])
-            known[key] = None if axis.span is not None or values is None else values + [v.choices[key] for v in axis.values]
+            known[key] = (
+                None if axis.span is not None or values is None else values + [v.choices[key] for v in axis.values]
+            )
     condition = {key: tuple(value) if isinstance(value, list | tuple) else (value,) for key, value in given.items()}
     for key, values in condition.items():
         if key not in known:

@@ -1,4 +1,4 @@
-"""What runs differ in: axes, as Hydra writes choices on a command line and as a sweep file lists them. Imports no jax."""
+"""What runs differ in: axes, as Hydra writes choices on a command line and as a sweep file lists them. No jax here."""
 
 import math
 import re

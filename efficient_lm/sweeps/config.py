@@ -103,8 +103,8 @@ class SweepConfig(Spec):
 def read_sweep(overrides: Sequence[str], config_dirs: Sequence[str]) -> tuple[SweepConfig, list[Axis]]:
     """The sweep that a command line asks for, and its axes without those of `when`.
 
-    A key of the sweep (`SweepConfig`) sets it; any other key is of the runs: with several values it is an axis, with one
-    it is part of the base. Both go before what the sweep file says of the key.
+    A key of the sweep (`SweepConfig`) sets it; any other key is of the runs: an axis with several values, with
+    one part of the base. Both go before what the sweep file says of the key.
 
     Raises:
         ConfigError: bad syntax, an unknown choice, an axis twice, an empty choice, nothing that differs.
@@ -156,10 +156,14 @@ def _with_runs(config: SweepConfig, overrides: Sequence[str], roots: ConfigRoots
 
 
 def _check_keys(config: SweepConfig, axes: Sequence[Axis]) -> None:
-    """Raises `ConfigError` for keys that two axes set, keys that are the sweep's, and a sweep in which nothing differs."""
+    """Raises `ConfigError` for a key on two axes, keys that the sweep sets itself, and where nothing differs."""
     keys = [key.lstrip("+") for axis in axes for key in axis.keys]
     given = [*config.base, *(text for when in config.when for text in when.base)]
-    for key in [*keys, *(parse(text).key_or_group for text in given), *(key for when in config.when for key in when.axes)]:
+    for key in [
+        *keys,
+        *(parse(text).key_or_group for text in given),
+        *(key for when in config.when for key in when.axes),
+    ]:
         if key in OWN_FOLDER:
             raise ConfigError(f"{key}: each run has a folder and a name of its own; dir= and name= are the sweep's")
     twice = next((key for key in keys if keys.count(key) > 1), None)

@@ -1,4 +1,4 @@
-"""Which places of a sweep's axes are tried, and which runs are stopped early: thin specs over Optuna. Imports no jax."""
+"""Which places of a sweep's axes are tried, and which runs are stopped early: specs over Optuna. Imports no jax."""
 
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -196,7 +196,7 @@ class RandomSearchSpec(_Drawn):
 
 
 class TpeSearchSpec(_Drawn):
-    """Tree-structured Parzen estimator (Bergstra et al., 2011), or its form for several objectives (Ozaki et al., 2022).
+    """Tree-structured Parzen estimator (Bergstra et al., 2011; for several objectives Ozaki et al., 2022).
 
     Attributes:
         startup: places drawn at random before.

@@ -5,9 +5,9 @@ from typing import Any
 
 import numpy as np
 
+from efficient_lm.composition import differences
 from efficient_lm.config import RunConfig
 from efficient_lm.training.portions import Portions
-from efficient_lm.training.run_directory import differences
 from efficient_lm.training.setup import Setup, schedule_of
 
 OF_A_RUN = ("run.name", "run.dir", "init_from", "init_state", "tracker", "train.stop_at")

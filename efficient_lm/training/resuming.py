@@ -11,13 +11,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from efficient_lm.composition import differences
 from efficient_lm.config import RunConfig, read_config, save_config
 from efficient_lm.errors import CheckpointError, ConfigError
 from efficient_lm.training.changes import changes
 from efficient_lm.training.checkpoints import Checkpoints, as_items, as_state, restore_from
 from efficient_lm.training.initialization import read_source
 from efficient_lm.training.processes import is_main
-from efficient_lm.training.run_directory import RunDirectory, differences, locate
+from efficient_lm.training.run_directory import RunDirectory, locate
 from efficient_lm.training.session import Progress
 from efficient_lm.training.setup import Setup
 

@@ -4,7 +4,6 @@ import fcntl
 import os
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 from efficient_lm.errors import CheckpointError, ResourceError, storage_fault
 from efficient_lm.training.processes import exchange, is_main
@@ -91,15 +90,3 @@ def locate(path: Path) -> tuple[RunDirectory, int | None]:
         hint = f"; there are {', '.join(runs[:5])}" if runs else ""
         raise CheckpointError(f"{path}: neither a run directory (no config.yaml) nor a published model{hint}")
     return run, step
-
-
-def differences(saved: Any, wanted: Any, path: str = "") -> list[str]:
-    """Dotted keys at which two plain configs differ, as ``key: saved → wanted``."""
-    if isinstance(saved, dict) and isinstance(wanted, dict):
-        names = sorted(set(saved) | set(wanted))
-        return [
-            line
-            for name in names
-            for line in differences(saved.get(name), wanted.get(name), f"{path}.{name}".lstrip("."))
-        ]
-    return [] if saved == wanted else [f"{path}: {saved} → {wanted}"]

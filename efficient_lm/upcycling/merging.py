@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from efficient_lm.composition import differences
 from efficient_lm.data.packing import Batch
 from efficient_lm.errors import ConfigError
 from efficient_lm.models.block import BlockSpec
@@ -19,7 +20,6 @@ from efficient_lm.models.ffns.moe import MoESpec
 from efficient_lm.models.language_model import LanguageModel, ModelSpec
 from efficient_lm.models.layered import layer_parameters, spec_of_layers, with_layers
 from efficient_lm.models.parameters import Parameters
-from efficient_lm.training.run_directory import differences
 from efficient_lm.upcycling.conversion import stacked
 from efficient_lm.upcycling.statistics import Seen, domains_seen, labelled
 

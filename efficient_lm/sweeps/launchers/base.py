@@ -100,6 +100,11 @@ class LauncherSpec(Choice, role="launcher"):
         """Whether `Job.memory_bytes` is wanted: every candidate is then compiled before the sweep."""
         return False
 
+    @property
+    def remote(self) -> bool:
+        """Whether runs are on other machines than this one: what this one has is then no reason to refuse them."""
+        return False
+
     def build(self) -> Launcher:
         """The launcher. Raises `ConfigError` where this machine has not what it needs, with its name."""
         raise TypeError(f"{type(self).__name__} does not define build")

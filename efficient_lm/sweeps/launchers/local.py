@@ -16,13 +16,15 @@ from efficient_lm.spec import Listing, Natural, Positive
 from efficient_lm.sweeps.launchers.base import UNKNOWN, Handle, Job, Launcher, LauncherSpec
 
 CGROUP = Path("/sys/fs/cgroup")
+CLOCK_SECONDS = 2.0
+"""By which the clock may be set while a run is alive: its birth is told by the clock."""
 
 
 class LocalLauncherSpec(LauncherSpec):
     """Processes of this machine.
 
     Attributes:
-        memory: bytes that runs may have together; ``auto``: what is free when the sweep starts, of the accelerator where
+        memory: bytes that runs may have together; ``auto``: what is free when the sweep starts, of an accelerator where
             there is one; None: nobody counts, and nothing is compiled to find out.
         gpus: numbers of the GPUs that runs are divided among, each run seeing one; none: every run sees what there is.
     """
@@ -154,8 +156,9 @@ def _found(reference: str) -> psutil.Process | None:
         return None
     try:
         process = psutil.Process(int(pid))
-        return process if str(process.create_time()) == birth and _runs(process) else None
-    except psutil.Error:
+        same = abs(process.create_time() - float(birth)) < CLOCK_SECONDS
+        return process if same and _runs(process) else None
+    except (psutil.Error, ValueError):
         return None
 
 
@@ -170,7 +173,8 @@ def available_memory() -> int:
     """Bytes of memory that are free here, or that this process's control group may still take."""
     found = psutil.virtual_memory().available
     try:
-        limit, used = ((CGROUP / f"memory.{name}").read_text().strip() for name in ("max", "current"))
-        return found if limit == "max" else min(found, max(int(limit) - int(used), 0))
-    except (OSError, ValueError):
+        limit, used, facts = ((CGROUP / f"memory.{name}").read_text().strip() for name in ("max", "current", "stat"))
+        cached = next(int(line.split()[1]) for line in facts.splitlines() if line.startswith("file "))
+        return found if limit == "max" else min(found, max(int(limit) - int(used) + cached, 0))
+    except (OSError, ValueError, StopIteration):
         return found
