@@ -33,12 +33,12 @@ def plan_table(arms: Sequence[Arm], checked: Sequence[Checked], keys: Sequence[s
     columns = list(dict.fromkeys(name for each in checked for name in each.columns))
     figures = list(dict.fromkeys(name for each in checked for name in each.figures))
     memory = any(each.memory_bytes is not None for each in checked)
-    table = _table("arm", keys, [*columns, *figures, *(["memory"] if memory else [])])
-    for arm, each in zip(arms, checked, strict=True):
+    table = _table("", keys, [*columns, *figures, *(["memory"] if memory else [])])
+    for place, (arm, each) in enumerate(zip(arms, checked, strict=True), start=1):
         cells = [shown(each.columns.get(name), name) for name in columns]
         cells += [shown(each.figures.get(name), name) for name in figures]
         cells += [f"{each.memory_bytes / 1e9:.2f} GB"] if memory else []
-        table.add_row(arm.name, *(shown(arm.choices.get(key)) for key in keys), *cells)
+        table.add_row(str(place), *(shown(arm.choices.get(key)) for key in keys), *cells)
     return table
 
 

@@ -1,8 +1,8 @@
 """What came out of a sweep: a row for every run in `table.json` and `table.csv`, and a line for every arm.
 
 ``{"sweep": name, "metric": ..., "larger_is_better": ..., "objectives": [...], "axes": [keys], "rows": [...]}``; a row
-has `name`, `choices` (key → value), `seed`, `state` (waiting, running, interrupted, finished, pruned, failed), `run` (its
-directory, relative to the sweep's), `figures` (numbers of `summary.json`, and those counted before) and `reason`.
+has `name`, `choices` (key → value), `seed`, `state` (waiting, running, interrupted, finished, pruned, failed), `run`
+(its directory, relative to the sweep's), `figures` (numbers of `summary.json`, and those counted before) and `reason`.
 """
 
 import csv
@@ -61,8 +61,9 @@ class Line:
         values = self.values.get(name)
         if not values:
             return ""
-        least, most = shown(min(values), name), shown(max(values), name)
-        return shown(self.mean(name), name) + (f" ({least} to {most})" if least != most else "")
+        if min(values) == max(values):
+            return shown(values[0], name)
+        return f"{shown(self.mean(name), name)} ({shown(min(values), name)} to {shown(max(values), name)})"
 
     @property
     def state(self) -> str:
@@ -81,9 +82,7 @@ def lines(rows: Iterable[Row], objectives: Sequence[Objective]) -> list[Line]:
     for group in groups.values():
         names = dict.fromkeys(name for row in group for name in row.figures)
         good = [row for row in group if row.state == "finished"]
-        values = {
-            name: [value for row in good if (value := number(row.figures.get(name))) is not None] for name in names
-        }
+        values = {name: [row.figures[name] for row in good if number(row.figures.get(name)) is not None] for name in names}
         found.append(Line(group[0].choices, group, values))
     first = objectives[0]
 
@@ -139,6 +138,8 @@ def shown(value: Any, name: str = "") -> str:
     """A value for people; counts with their thousands, large ones by their size."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return "" if value is None else str(value)
+    if name.endswith("seconds"):
+        return f"{value:,.1f}"
     if "flops" in name or abs(value) >= 1e9:
         return f"{value:.4g}"
     if isinstance(value, int) or float(value).is_integer() and abs(value) >= 1000:
