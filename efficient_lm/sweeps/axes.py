@@ -85,7 +85,8 @@ def as_text(value: Any) -> str:
     if isinstance(value, list | tuple):
         return "[" + ",".join(map(as_text, value)) + "]"
     if isinstance(value, str) and not (_PLAIN.fullmatch(value) and value.lower() not in _WORDS):
-        return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
+        # Inside quotes a backslash is itself, unless a quote follows.
+        return "'" + re.sub(r"(\\*)('|$)", lambda found: 2 * found[1] + ("\\'" if found[2] else ""), value) + "'"
     return value if isinstance(value, str) else repr(value)
 
 

@@ -80,7 +80,8 @@ class SweepConfig(Spec):
     @model_validator(mode="before")
     @classmethod
     def _one_zip(cls, value: Any) -> Any:
-        return {**value, "zip": [value["zip"]]} if isinstance(value.get("zip"), dict) else value
+        given = value.get("zip", ())
+        return value | {"zip": [given] if isinstance(given, dict) else given or ()}
 
     @model_validator(mode="after")
     def _seeds_differ(self) -> "SweepConfig":

@@ -16,6 +16,7 @@ from typing import Any
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState
 
+from efficient_lm.sweeps.axes import as_text
 from efficient_lm.sweeps.launchers.base import UNKNOWN, Handle, Job, Launcher
 from efficient_lm.sweeps.outcomes import Outcome, Tail, in_use, is_complete, number, outcome, saved_step
 from efficient_lm.sweeps.plans import Plan, again
@@ -223,7 +224,7 @@ class Runner:
 
     def _job(self, trial: FrozenTrial) -> Job:
         told, directory = trial.user_attrs, self._directory(trial)
-        own = [f"run.name='{told['arm']}'", f"run.dir={_quoted(str(directory))}"]
+        own = [f"run.name='{told['arm']}'", f"run.dir={as_text(str(directory))}"]
         environment = {name: os.environ[name] for name in PASSED_ON if name in os.environ} | {"PYTHONUNBUFFERED": "1"}
         argv = [*self._program, "train", *told["overrides"], *own, *self._options]
         return Job(told["arm"], argv, directory, environment, told["memory"], directory / LOG_FILE)
@@ -335,7 +336,3 @@ class Runner:
         while self._active:
             self._collect()
             time.sleep(POLL_SECONDS)
-
-
-def _quoted(path: str) -> str:
-    return "'" + path.replace("\\", "\\\\").replace("'", "\\'") + "'"

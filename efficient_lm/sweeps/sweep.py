@@ -43,14 +43,14 @@ def run_sweep(
     axes: Sequence[Axis],
     config_dirs: Sequence[str] = (),
     program: Sequence[str] = PROGRAM,
-    make_checker: Callable[[], Checker] = Checker,
+    make_checker: Callable[[], Checker] | None = None,
 ) -> Result:
     """Check every arm, print what will run, run what has not, and print what came out.
 
     Args:
         axes: of every arm (see `config.read_sweep`).
         program: what ``train`` and its overrides are appended to.
-        make_checker: makes what looks at candidates.
+        make_checker: makes what looks at candidates; None: a process of its own.
 
     Raises:
         ConfigError: an arm that is not valid or differs in nothing, a folder that has another sweep.
@@ -61,7 +61,7 @@ def run_sweep(
     candidates = space.samples() if drawn else space.grid()
     arms = arms_of(candidates, space.seeds)
     launcher, question = config.launcher.build(), _question(config, config_dirs)
-    checker = make_checker()
+    checker = (make_checker or Checker)()
     try:
         checked = _checked(arms, question, checker)
         launcher.measured(checked[0].device_bytes)

@@ -82,7 +82,9 @@ def lines(rows: Iterable[Row], objectives: Sequence[Objective]) -> list[Line]:
     for group in groups.values():
         names = dict.fromkeys(name for row in group for name in row.figures)
         good = [row for row in group if row.state == "finished"]
-        values = {name: [row.figures[name] for row in good if number(row.figures.get(name)) is not None] for name in names}
+        values = {
+            name: [row.figures[name] for row in good if number(row.figures.get(name)) is not None] for name in names
+        }
         found.append(Line(group[0].choices, group, values))
     first = objectives[0]
 

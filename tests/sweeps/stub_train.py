@@ -12,7 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-asked = dict(text.split("=", 1) for text in sys.argv[2:])
+asked = dict(text.lstrip("+").split("=", 1) for text in sys.argv[2:])
 folder = Path(asked["run.dir"].strip("'"))
 steps, pause = int(asked.get("steps", 6)), float(asked.get("seconds", 0.01))
 loss = float(asked.get("loss", 3)) + 0.01 * int(asked.get("run.seed", 0))
@@ -50,7 +50,7 @@ step = begun
 while step < steps and not stopped:
     time.sleep(pause)
     step += 1
-    if "fail" in asked and step == 3 and not (folder.parents[2] / "fixed").exists():
+    if "fail" in asked and step == 3 and not (folder.parents[1] / "fixed").exists():
         print("Traceback (most recent call last):\nerror: the loss was not a number\nafterwards")
         sys.exit(int(asked["fail"]))
     with open(metrics, "a") as file:

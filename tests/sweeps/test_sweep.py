@@ -1,0 +1,139 @@
+"""A sweep of stub runs: what it writes, what it prints, what it refuses."""
+
+import csv
+import json
+
+import pytest
+import yaml
+
+from efficient_lm.errors import ConfigError, ResourceError
+from efficient_lm.sweeps.searches import Objective
+from efficient_lm.sweeps.table import lines
+
+
+def test_a_sweep_writes_what_was_asked_a_table_and_a_run_directory_each(sweep, tmp_path, capsys):
+    result = sweep("loss=3,2", "+size=1,2", "seeds=2", "name=mine")
+    folder = tmp_path / "sweep"
+    assert result.folder == folder and result.stopped_by == 0
+    table = json.loads((folder / "table.json").read_text())
+    assert (table["sweep"], table["metric"], table["axes"]) == ("mine", "val_loss", ["loss", "size"])
+    assert len(table["rows"]) == 8 and table["rows"][1] == {
+        "name": "loss_3-size_1-seed_1", "choices": {"loss": 3, "size": 1}, "seed": 1, "state": "finished",
+        "run": "runs/loss_3-size_1-seed_1", "reason": "",
+        "figures": {"flops": 2.0, "step": 6, "seconds": 1.0, "val_loss": 3.01 + 1 / 6, "parameters": 7},
+    }  # fmt: skip
+    with open(folder / "table.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert rows[1]["loss"] == "3" and float(rows[1]["val_loss"]) == 3.01 + 1 / 6
+    assert yaml.safe_load((folder / "sweep.yaml").read_text())["axes"] == {"loss": "3,2", "size": "1,2"}
+    assert all((folder / row["run"] / "summary.json").is_file() for row in table["rows"])
+    printed = capsys.readouterr().out
+    assert "4 arms × 2 seeds" in printed and "8/8  loss_2-size_2-seed_1  finished  val_loss 2.1767" in printed
+    best = next(line for line in printed.splitlines() if line.startswith(" 1 ") and "2.1717 (2.1667 to 2.1767)" in line)
+    assert best.split()[1:3] == ["2", "1"]
+
+
+def test_a_sweep_that_is_through_runs_nothing_again(sweep, tmp_path):
+    first = sweep("loss=3,2")
+    assert sweep("loss=3,2").rows == first.rows
+    assert (tmp_path / "sweep/runs/loss_2/starts").read_text().count("start") == 1
+
+
+def test_a_dry_run_writes_nothing(sweep, tmp_path, capsys):
+    assert sweep("loss=3,2", "dry_run=true").rows == []
+    assert "2 arms" in capsys.readouterr().out and not (tmp_path / "sweep").exists()
+
+
+def test_a_folder_of_another_sweep_is_left_as_it_is(sweep, tmp_path):
+    sweep("loss=3,2", "steps=4")
+    before = {path: path.read_bytes() for path in (tmp_path / "sweep").rglob("*") if path.is_file()}
+    for other in (["loss=3,1", "steps=4"], ["loss=3,2", "steps=5"], ["loss=3,2", "steps=4", "seeds=2"]):
+        with pytest.raises(ConfigError) as fault:
+            sweep(*other)
+        assert "study.db: holds another sweep (" in str(fault.value) and "→" in str(fault.value)
+    assert before == {path: path.read_bytes() for path in (tmp_path / "sweep").rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("content", [b"no database, but text of some length" * 30, b""], ids=["text", "empty"])
+def test_a_file_that_is_no_study_is_left_as_it_is(sweep, tmp_path, content):
+    (tmp_path / "sweep").mkdir()
+    (tmp_path / "sweep/study.db").write_bytes(content)
+    with pytest.raises(ConfigError, match=r"study\.db: (no study|holds no sweep)"):
+        sweep("loss=3,2")
+    if content:
+        assert (tmp_path / "sweep/study.db").read_bytes() == content
+
+
+def test_a_run_directory_of_another_run_is_not_gone_on_with(sweep, tmp_path):
+    sweep("loss=3,2", "steps=4")
+    (tmp_path / "sweep/study.db").unlink()
+    assert [row.state for row in sweep("loss=3,2", "steps=4").rows] == ["finished"] * 2
+    (tmp_path / "sweep/study.db").unlink()
+    with pytest.raises(ConfigError, match="loss_3: holds another run"):
+        sweep("loss=3,2", "steps=5")
+
+
+def test_two_arms_that_are_the_same_run_are_refused(sweep, stubbed, monkeypatch):
+    def check(self, questions):
+        return [stubbed.Checked((), {}, {}, 0, 6, {"same": True}) for _ in questions]
+
+    monkeypatch.setattr(stubbed.Checker, "check", check)
+    with pytest.raises(ConfigError, match="loss_3 and loss_2: the same run twice"):
+        sweep("loss=3,2")
+
+
+def test_faults_name_the_arms_that_have_them(sweep, stubbed, monkeypatch):
+    def check(self, questions):
+        for question in questions:
+            bad = [text for text in question.overrides if text in ("loss=2", "loss=1")]
+            yield (
+                ConfigError("x: unknown key") if bad else stubbed.Checked((), {}, {}, 0, 6, {"of": question.overrides})
+            )
+
+    monkeypatch.setattr(stubbed.Checker, "check", check)
+    with pytest.raises(ConfigError, match="^loss_2 and 1 more: x: unknown key$"):
+        sweep("loss=3,2,1")
+    with pytest.raises(ConfigError, match="^x: unknown key$"):
+        sweep("loss=2,1")
+
+
+def test_a_candidate_that_does_not_fit_is_refused_before_anything_runs(sweep, stubbed, monkeypatch, tmp_path):
+    def check(self, questions):
+        for number, question in enumerate(questions, start=1):
+            yield stubbed.Checked((), {}, {}, 0, 6, {"of": question.overrides}, number * 10**9)
+
+    monkeypatch.setattr(stubbed.Checker, "check", check)
+    with pytest.raises(ResourceError, match=r"loss_2: its step takes 2\.00 GB, and 1\.50 GB are there"):
+        sweep("loss=3,2", "launcher.memory=1.5e9")
+    assert not (tmp_path / "sweep").exists()
+    assert len(sweep("loss=3,2", "launcher.memory=2e9").rows) == 2
+
+
+def test_the_budget_and_the_group_of_a_tracker_reach_the_run(sweep, stubbed, monkeypatch, tmp_path, capsys):
+    def check(self, questions):
+        for question in questions:
+            config = {"of": question.overrides}
+            yield stubbed.Checked(("steps=3", "+tracker.group=mine"), {"width": 48}, {}, 0, 6, config)
+
+    monkeypatch.setattr(stubbed.Checker, "check", check)
+    rows = sweep("loss=3,2").rows
+    assert [row.figures["step"] for row in rows] == [3, 3]
+    assert "width" in capsys.readouterr().out
+    written = json.loads((tmp_path / "sweep/runs/loss_3/config.yaml").read_text())
+    assert "+tracker.group=mine" in written["overrides"]
+
+
+def test_a_figure_that_no_run_has_fails_them(sweep):
+    rows = sweep("loss=3,2", "metric=val_accuracy").rows
+    assert {(row.state, row.reason) for row in rows} == {("failed", "summary.json has no finite val_accuracy")}
+
+
+def test_arms_are_sorted_by_their_metric():
+    from efficient_lm.sweeps.table import Row
+
+    rows = [Row(name, {"a": name}, 0, "finished", "", {"x": x}) for name, x in (("p", 1), ("q", 3), ("r", 2))]
+    rows.append(Row("s", {"a": "s"}, 0, "failed", "", {"x": 0}))
+    order = [line.choices["a"] for line in lines(rows, [Objective(name="x")])]
+    assert order == ["p", "r", "q", "s"]
+    order = [line.choices["a"] for line in lines(rows, [Objective(name="x", direction="maximize")])]
+    assert order == ["q", "r", "p", "s"]
