@@ -3,14 +3,14 @@
 import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from efficient_lm.composition import ConfigRoots
 from efficient_lm.errors import ConfigError, nearest
 from efficient_lm.overrides import parse
 from efficient_lm.sweeps.axes import Axis, Scalar, Value, axis_of_values
-from efficient_lm.sweeps.config import SweepConfig
+from efficient_lm.sweeps.config import BUDGET, SweepConfig
 
 LONGEST_NAME = 100
 Pick = Callable[[Axis], Iterable[Value]]
@@ -36,7 +36,17 @@ class Candidate:
     @property
     def overrides(self) -> tuple[str, ...]:
         """Of its runs."""
-        return (*self.base, *(override for _, value in self.picked for override in value.overrides))
+        return (*self.base, *(text for text in self._texts if not text.startswith(BUDGET)))
+
+    @property
+    def budget(self) -> dict[str, Any]:
+        """What axes say of the budget: ``budget.flops=1e13`` is no key of a run."""
+        parsed = [parse(text) for text in self._texts if text.startswith(BUDGET)]
+        return {override.key_or_group.removeprefix(BUDGET): override.value() for override in parsed}
+
+    @property
+    def _texts(self) -> tuple[str, ...]:
+        return tuple(override for _, value in self.picked for override in value.overrides)
 
     @property
     def labels(self) -> dict[str, Scalar]:
@@ -54,6 +64,7 @@ class Arm:
         seed: of the run; None leaves it to the config.
         overrides: of `train`, without the name and folder of the run.
         labels: axis → label.
+        budget: what axes say of the budget.
     """
 
     name: str
@@ -61,6 +72,7 @@ class Arm:
     seed: int | None
     overrides: tuple[str, ...]
     labels: Mapping[str, Scalar]
+    budget: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -154,7 +166,7 @@ class Space:
         found: dict[tuple[Any, ...], Candidate] = {}
         for turn in range(most):
             for each in self.walk(lambda axis, turn=turn: (axis.ends[turn % len(axis.ends)],)):
-                found.setdefault(each.overrides, each)
+                found.setdefault((each.overrides, *each.budget.items()), each)
         return list(found.values())
 
 
@@ -175,7 +187,8 @@ def seeded(name: str, candidate: Candidate, seeds: Sequence[int | None]) -> list
         parts = [name] if name else []
         parts += [f"seed_{seed}"] if len(seeds) > 1 or not parts else []
         with_seed = candidate.overrides if seed is None else (*candidate.overrides, f"run.seed={seed}")
-        found.append(Arm("-".join(parts), candidate.choices, seed, with_seed, candidate.labels))
+        arm = Arm("-".join(parts), candidate.choices, seed, with_seed, candidate.labels, candidate.budget)
+        found.append(arm)
     return found
 
 

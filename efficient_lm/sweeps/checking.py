@@ -11,6 +11,7 @@ from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
 from efficient_lm.errors import ConfigError, UserError
+from efficient_lm.sweeps.arms import Arm
 
 COUNTED = ("parameters", "flops_per_token", "training_flops", "cache_bytes")
 """Figures that follow from a config; the second of the forward pass, the last for one sequence of training."""
@@ -40,6 +41,11 @@ class Question(NamedTuple):
     figures: tuple[str, ...] = ()
     prunes: bool = False
     group: str = ""
+
+    def of(self, arm: Arm) -> "Question":
+        """The question about an arm."""
+        budget = {**(self.budget or {}), **arm.budget}
+        return self._replace(overrides=arm.overrides, budget=budget or None)
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from efficient_lm.sweeps.searches import GridSearchSpec, Objective, SearchSpec
 from efficient_lm.validation import validate
 
 ROOT = "sweep"
+BUDGET = "budget."
 OWN_FOLDER = ("run.name", "run.dir")
 MAY_CHANGE = ("name", "dir", "launcher", "restarts", "retry_failed", "dry_run")
 """Keys that do not make another sweep of it."""
@@ -112,7 +113,7 @@ def read_sweep(overrides: Sequence[str], config_dirs: Sequence[str]) -> tuple[Sw
     """
     roots = ConfigRoots.of(config_dirs)
     keys = {*SweepConfig.keys(), ROOT}
-    own = [text for text in overrides if _top(text) in keys]
+    own = [text for text in overrides if _top(text) in keys and not _is_axis(text)]
     values = compose(ROOT, [_by_kind(text) for text in own], config_dirs).values
     config = _with_runs(validate(SweepConfig, values), [text for text in overrides if text not in own], roots)
     axes = [axis_of_values(key, given, roots) for key, given in config.axes.items()]
@@ -125,6 +126,11 @@ def read_sweep(overrides: Sequence[str], config_dirs: Sequence[str]) -> tuple[Sw
 
 def _top(text: str) -> str:
     return re.split(r"[.=@]", text.lstrip("+~"), maxsplit=1)[0]
+
+
+def _is_axis(text: str) -> bool:
+    """Whether arms differ in a key of the sweep: ``budget.flops=1e13,3e13``."""
+    return text.startswith(BUDGET) and parse(text, several=True).is_sweep_override()
 
 
 def _by_kind(text: str) -> str:

@@ -111,7 +111,7 @@ class Drawn:
         raise ConfigError(f"exclude: leaves no arm among {ATTEMPTS} that were drawn")
 
     def _begun(self, study: Study, trial: Trial, arm: Arm) -> FrozenTrial:
-        found = next(iter(self._checker.check([self._question._replace(overrides=arm.overrides)])))
+        found = next(iter(self._checker.check([self._question.of(arm)])))
         self._checker.rest()
         told = facts(arm, found) if isinstance(found, Checked) else facts(arm, None) | {"reason": str(found)}
         if self._limit is not None and (told["memory"] or 0) > self._limit:

@@ -94,7 +94,7 @@ def _question(config: SweepConfig, config_dirs: Sequence[str]) -> Question:
 
 def _checked(arms: Sequence[Sequence[Arm]], question: Question, checker: Checker) -> list[Checked]:
     """What is known of each arm, by its first seed. Raises `UserError` for those that are wrong."""
-    found = list(checker.check(question._replace(overrides=group[0].overrides) for group in arms))
+    found = list(checker.check(question.of(group[0]) for group in arms))
     faults: dict[str, list[str]] = {}
     for group, each in zip(arms, found, strict=True):
         if isinstance(each, UserError):
@@ -156,8 +156,7 @@ def _run(
         raise ResourceError(f"dir: cannot write to {folder}: {error.strerror}") from error
     study = Study.open(folder, config.identity, [objective.optuna for objective in config.objectives])
     try:
-        if isinstance(plan, Grid):
-            _check_folders(folder, study, arms, checked)
+        _check_folders(folder, study, arms if isinstance(plan, Grid) else (), checked)
         study.optuna.pruner = config.search.pruner.build(max(each.steps for each in checked))
         write_atomically(folder / "sweep.yaml", to_yaml(config.dump()))
         display = Display(out, len(plan.names), config.objectives[0])
@@ -184,7 +183,11 @@ def _run(
 def _check_folders(folder: Path, study: Study, arms: Sequence[Sequence[Arm]], checked: Sequence[Checked]) -> None:
     """Raises `ConfigError` for a run directory in which an arm would go on with what is another run."""
     trials = study.trials()
-    for group, each in zip(arms, checked, strict=True):
+    if not arms and not trials and any((folder / RUNS).glob("*/config.yaml")):
+        raise ConfigError(
+            f"{folder / RUNS}: holds runs of a search whose {study.path.name} is gone; choose another name= or dir="
+        )
+    for group, each in zip(arms, checked, strict=bool(arms)):
         for arm in group:
             path, trial = folder / RUNS / arm.name / "config.yaml", trials.get(arm.name)
             if not path.is_file() or (trial is not None and trial.state.is_finished()):
