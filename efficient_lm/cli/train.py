@@ -1,5 +1,6 @@
 """The verb `train`."""
 
+import os
 import signal
 from collections.abc import Sequence
 from typing import Any
@@ -37,6 +38,8 @@ Examples
 
 
 SAMPLE_PROMPT = "My fellow citizens"
+OF_A_SWEEP = "EFFICIENT_LM_SWEEP"
+"""A variable that runs of a sweep have: nobody reads what is printed at their ends, so no text is generated."""
 
 
 def run(overrides: Sequence[str], options: Options) -> int:
@@ -49,7 +52,7 @@ def run(overrides: Sequence[str], options: Options) -> int:
     summary = train(config)
     if processes is None or processes.index == 0:
         print(_outcome(summary))
-        print(_rest(summary, config.data.reads_text, sampled=processes is None))
+        print(_rest(summary, config.data.reads_text, processes is None and OF_A_SWEEP not in os.environ))
     stopped_by = summary.get("stopped_by")
     return 128 + signal.Signals[stopped_by] if stopped_by in signal.Signals.__members__ else 0
 

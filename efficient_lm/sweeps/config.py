@@ -115,6 +115,8 @@ def read_sweep(overrides: Sequence[str], config_dirs: Sequence[str]) -> tuple[Sw
     keys = {*SweepConfig.keys(), ROOT}
     own = [text for text in overrides if _top(text) in keys and not _is_axis(text)]
     values = compose(ROOT, [_by_kind(text) for text in own], config_dirs).values
+    said = {text.partition("=")[0] for text in own}
+    values["axes"] = {key: given for key, given in (values["axes"] or {}).items() if key not in said}
     config = _with_runs(validate(SweepConfig, values), [text for text in overrides if text not in own], roots)
     axes = [axis_of_values(key, given, roots) for key, given in config.axes.items()]
     axes += [zipped(group, roots) for group in config.zip]

@@ -225,7 +225,8 @@ class Runner:
     def _job(self, trial: FrozenTrial) -> Job:
         told, directory = trial.user_attrs, self._directory(trial)
         own = [f"run.name='{told['arm']}'", f"run.dir={as_text(str(directory))}"]
-        environment = {name: os.environ[name] for name in PASSED_ON if name in os.environ} | {"PYTHONUNBUFFERED": "1"}
+        environment = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
+        environment |= {"PYTHONUNBUFFERED": "1", "EFFICIENT_LM_SWEEP": self.folder.name}
         argv = [*self._program, "train", *told["overrides"], *own, *self._options]
         return Job(told["arm"], argv, directory, environment, told["memory"], directory / LOG_FILE)
 

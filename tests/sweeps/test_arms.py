@@ -85,6 +85,13 @@ def test_seeds_and_names():
     assert arms[0][1].seed == 7 and arms[0][1].overrides[-1] == "run.seed=7"
 
 
+def test_what_axes_say_of_the_budget_is_no_override_of_runs():
+    found = space("budget.flops=1e12,1e13", "mixer=gla").grid()
+    assert [(each.overrides, each.budget, each.choices) for each in found] == [
+        (("mixer=gla",), {"flops": flops}, {"budget.flops": flops}) for flops in (1e12, 1e13)
+    ]
+
+
 def test_seeds_alone_and_one_seed():
     found = space("seeds=2", "model.width=64")
     assert [arm.name for arm in arms_of(found.grid(), found.seeds)[0]] == ["seed_0", "seed_1"]

@@ -44,6 +44,13 @@ def test_seeds_of_runs_are_seeds_of_the_sweep():
     assert read_sweep(["a=1,2", "run.seed=3"], ())[0].seeds == (3,)
 
 
+def test_a_budget_may_be_an_axis():
+    config, axes = read_sweep(["budget.params=1e6", "budget.flops=1e12,1e13", "mixer=attention,gla"], ())
+    assert config.budget == {"params": 1e6} and [axis.name for axis in axes] == ["budget.flops", "mixer"]
+    config, axes = read_sweep(["axes={budget.flops: [1e12,1e13], a: [1,2]}", "budget.flops=1e14"], ())
+    assert config.budget == {"flops": 1e14} and [axis.name for axis in axes] == ["a"]
+
+
 def test_a_name_is_made_of_the_axes():
     assert read_sweep(["mixer=attention,gla", "model.width=8,16"], ())[0].name == "mixer-model.width"
 

@@ -13,7 +13,17 @@ from efficient_lm.errors import ResourceError
 from efficient_lm.sweeps.launchers.base import UNKNOWN, Job
 from efficient_lm.sweeps.launchers.local import LocalLauncherSpec, available_memory
 
-WAITS = "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(7)); print('up', flush=True); time.sleep(60)"
+WAITS = """
+import signal, sys, time
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(7))
+print("up", flush=True)
+time.sleep(60)
+"""
+SHOWS = """
+import os, time
+print(os.environ["CUDA_VISIBLE_DEVICES"], os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"], flush=True)
+time.sleep(60)
+"""
 
 
 @pytest.fixture
@@ -65,8 +75,7 @@ def test_only_so_many_run_at_once_and_only_what_fits(job, until):
 
 def test_gpus_are_shared_out(job, until, tmp_path):
     launcher = LocalLauncherSpec(concurrent=4, gpus=[0, 3], memory=None).build()
-    code = "import os, time; print(os.environ['CUDA_VISIBLE_DEVICES'], os.environ['XLA_PYTHON_CLIENT_PREALLOCATE'], flush=True); time.sleep(60)"
-    handles = [launcher.submit(job(code)) for _ in range(4)]
+    handles = [launcher.submit(job(SHOWS)) for _ in range(4)]
     assert not launcher.room(job())
     until(lambda: (tmp_path / "log").read_text().count("\n") == 4)
     assert sorted((tmp_path / "log").read_text().split("\n")[:4]) == ["0 false", "0 false", "3 false", "3 false"]
