@@ -4,12 +4,12 @@ import contextlib
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import rich.box
 import rich.console
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
 from efficient_lm.sweeps.arms import Arm
 from efficient_lm.sweeps.checking import Checked
@@ -128,17 +128,17 @@ class Display:
         table = Table(box=None, pad_edge=False, show_header=False)
         rows = [row for row in self._rows if row.state == "running"]
         for row in rows[:SHOWN_RUNS]:
-            table.add_row(f"[cyan]{row.name}[/]", *_progress(running.get(row.name)))
+            table.add_row(Text(row.name, "cyan"), *_progress(running.get(row.name)))
         if len(rows) > SHOWN_RUNS:
-            table.add_row(f"[dim]and {len(rows) - SHOWN_RUNS} more[/]")
+            table.add_row(Text(f"and {len(rows) - SHOWN_RUNS} more", "dim"))
         minutes, seconds = divmod(round(time.monotonic() - self._began), 60)
-        table.add_row(f"[dim]{self._counts()} of {self._total}; {minutes}:{seconds:02}[/]")
+        table.add_row(Text(f"{self._counts()} of {self._total}; {minutes}:{seconds:02}", "dim"))
         self._live.update(table, refresh=True)
 
 
-def _progress(active: Active | None) -> Iterator[Any]:
+def _progress(active: Active | None) -> Iterator[str]:
+    """How far a run is; nothing of one that is starting, or that another process has."""
     if active is None or "step" not in active.last:
-        yield "[dim]starting[/]" if active is not None else "[dim]elsewhere[/]"
         return
     last = active.last
     yield f"step {last['step']:,}/{active.trial.user_attrs['steps']:,}"
