@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,20 @@ def drawn() -> Callable[..., Any]:
         return map_declarations(start, built.declarations)
 
     return draw
+
+
+@pytest.fixture
+def until() -> Callable[[Callable[[], Any]], Any]:
+    """``until(condition)``: waits until it holds, for a minute at most, and gives back what it returned."""
+
+    def wait(condition: Callable[[], Any]) -> Any:
+        deadline = time.monotonic() + 60
+        while not (found := condition()):
+            assert time.monotonic() < deadline, "it did not come to that"
+            time.sleep(0.005)
+        return found
+
+    return wait
 
 
 @pytest.fixture
