@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -65,20 +64,6 @@ def nursery():
     made = Nursery()
     yield made
     made.close()
-
-
-@pytest.fixture
-def until():
-    """``until(condition)``: waits for it, for a minute at most."""
-
-    def wait(condition):
-        deadline = time.monotonic() + 60
-        while not (found := condition()):
-            assert time.monotonic() < deadline, "it did not come to that"
-            time.sleep(0.005)
-        return found
-
-    return wait
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from pydantic import Field
 from efficient_lm.errors import ConfigError
 from efficient_lm.spec import Count, Positive, Real
 from efficient_lm.sweeps.launchers.base import Handle, Job, Launcher, LauncherSpec
-from efficient_lm.sweeps.remote import KILLED, PATIENCE, Ending, Running, Task
+from efficient_lm.sweeps.launchers.remote import KILLED, PATIENCE, Ending, Running, Task
 from efficient_lm.training.group import ADDRESS, COUNT, INDEX, free_address
 
 NAMESPACE = "efficient_lm"

@@ -16,7 +16,7 @@ from efficient_lm.errors import ConfigError, ResourceError, nearest
 from efficient_lm.spec import Count, Listing, Natural, Positive
 from efficient_lm.sweeps.launchers.base import UNKNOWN, Handle, Job, Launcher, LauncherSpec
 from efficient_lm.sweeps.launchers.local import alive, reference_of
-from efficient_lm.sweeps.remote import INTERRUPTED, KILLED, Ending, Running, Task, written
+from efficient_lm.sweeps.launchers.remote import INTERRUPTED, KILLED, Ending, Running, Task, written
 
 log = logging.getLogger(__name__)
 

@@ -10,9 +10,9 @@ import time
 import pytest
 
 from efficient_lm.errors import ResourceError
-from efficient_lm.sweeps import remote
+from efficient_lm.sweeps.launchers import remote
 from efficient_lm.sweeps.launchers.base import UNKNOWN, Job
-from efficient_lm.sweeps.remote import INTERRUPTED, Ending, Task, written
+from efficient_lm.sweeps.launchers.remote import INTERRUPTED, Ending, Task, written
 
 
 @pytest.fixture
@@ -62,7 +62,7 @@ def test_it_ends_with_the_process_above_it(tmp_path, until):
     code = f"""
         import sys
         from pathlib import Path
-        from efficient_lm.sweeps.remote import Task
+        from efficient_lm.sweeps.launchers.remote import Task
         folder = Path({str(tmp_path)!r})
         child = "import os, time; print(os.getpid(), flush=True); time.sleep(600)"
         Task([sys.executable, "-S", "-c", child], {{}}, folder / "log", folder, folder / "status").start().wait()

@@ -9,9 +9,8 @@ import psutil
 import pytest
 
 from efficient_lm.errors import ConfigError, ResourceError
-from efficient_lm.sweeps import remote
 from efficient_lm.sweeps.config import read_sweep
-from efficient_lm.sweeps.launchers import slurm
+from efficient_lm.sweeps.launchers import remote, slurm
 from efficient_lm.sweeps.launchers.base import UNKNOWN, Job
 from efficient_lm.sweeps.launchers.slurm import SlurmLauncherSpec, folder_of, status_of
 
@@ -176,9 +175,7 @@ def test_at_most_so_many_are_in_the_queue(cluster, job):
 
 
 def test_what_sbatch_refuses_is_told_in_its_words(cluster, job):
-    with pytest.raises(
-        ResourceError, match="^reject: cannot be submitted: sbatch: error: QOSMaxSubmit"
-    ):
+    with pytest.raises(ResourceError, match="^reject: cannot be submitted: sbatch: error: QOSMaxSubmit"):
         SlurmLauncherSpec().build().submit(job("reject"))
 
 
