@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from efficient_lm.errors import ConfigError
+from efficient_lm.errors import ConfigError, ResourceError
 from efficient_lm.spec import Count, Positive, Real
 from efficient_lm.sweeps.launchers.base import Handle, Job, Launcher, LauncherSpec
 from efficient_lm.sweeps.launchers.remote import KILLED, PATIENCE, Ending, Running, Task
@@ -19,6 +19,8 @@ from efficient_lm.training.group import ADDRESS, COUNT, INDEX, free_address
 
 NAMESPACE = "efficient_lm"
 LOCAL = "local"
+STARTS = 3
+STORE_BYTES = 100 * 2**20
 
 
 class RayLauncherSpec(LauncherSpec):
@@ -70,17 +72,35 @@ def _started(spec: RayLauncherSpec) -> ModuleType:
             f"launcher: ray needs the package ray, which is not installed ({error}); install the extra: "
             "pip install 'efficient-lm[cluster]'"
         ) from error
-    own = {}
-    if spec.address == LOCAL:
-        own = {"num_cpus": math.ceil(spec.cpus * spec.processes * spec.concurrent), "include_dashboard": False}
-    try:
-        ray.init(spec.address, namespace=NAMESPACE, log_to_driver=False, logging_level="ERROR", **own)
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        words = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ConfigError(f"launcher.address: {spec.address}: no Ray is reached there: {words}") from error
+    _connect(ray, spec)
     if spec.address == LOCAL:
         _check_room(spec, ray)
     return ray
+
+
+def _connect(ray: ModuleType, spec: RayLauncherSpec) -> None:
+    """Reach the cluster, or start a Ray; it gives up after seconds, which a busy machine may take longer than."""
+    common = {"namespace": NAMESPACE, "log_to_driver": False, "logging_level": "ERROR"}
+    if spec.address != LOCAL:
+        try:
+            ray.init(spec.address, **common)
+        except Exception as error:
+            raise ConfigError(f"launcher.address: {spec.address}: no Ray is reached there: {_words(error)}") from error
+        return
+    cpus = math.ceil(spec.cpus * spec.processes * spec.concurrent)
+    for left in reversed(range(STARTS)):
+        try:
+            # Runs keep nothing in Ray's store of objects.
+            ray.init(LOCAL, num_cpus=cpus, include_dashboard=False, object_store_memory=STORE_BYTES, **common)
+            return
+        except Exception as error:
+            ray.shutdown()
+            if not left:
+                raise ResourceError(f"launcher: Ray does not start on this machine: {_words(error)}") from error
+
+
+def _words(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _check_room(spec: RayLauncherSpec, ray: ModuleType) -> None:
