@@ -177,7 +177,7 @@ class RayLauncher(Launcher):
 
 def status_of(job: Job, name: str) -> Path:
     """Where the exit status of a run's actors is written."""
-    return (job.log.with_suffix(".ray") / f"{name}.status").absolute()
+    return (job.log.with_suffix(".ray") / f"{name.rpartition('-')[2]}.status").absolute()
 
 
 class Process:
@@ -202,12 +202,14 @@ class Process:
         import ray
 
         together = {} if address is None else {ADDRESS: address, COUNT: str(count), INDEX: str(index)}
-        self._running = self._task.start(index, together)
-        if self._asked:
-            self._running.stop()
-        self._running.wait()
-        self._over.set()
-        ray.actor.exit_actor()
+        try:
+            self._running = self._task.start(index, together)
+            if self._asked:
+                self._running.stop()
+            self._running.wait()
+        finally:
+            self._over.set()
+            ray.actor.exit_actor()
 
     def ended(self) -> None:
         """Answers at the end; where the actor was lost, Ray says so instead."""
@@ -257,7 +259,7 @@ class _RayJob:
             return None
         except self._ray.exceptions.RayError:
             return KILLED
-        return KILLED
+        return 1
 
     def _release(self) -> None:
         """Give back what Ray keeps for processes of a run that has ended."""
