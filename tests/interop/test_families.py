@@ -81,7 +81,7 @@ def test_logits(golden):
     assert np.abs(np.asarray(golden.model.logits(golden.ids)) - want).max() < 2e-5 * np.abs(want).max()
 
 
-@pytest.mark.quick_for("gpt2", "deepseek_v3", "mamba", "mamba2", "lfm2", "olmoe", "gemma3")
+@pytest.mark.quick_for("gpt2", "deepseek_v3", "mamba2", "lfm2", "gemma3")
 def test_loss_and_every_gradient_norm(golden):
     loss, gradients = jax.jit(jax.value_and_grad(golden.loss))(golden.model.params)
     np.testing.assert_allclose(loss, golden.arrays["loss"][0], rtol=1e-5)

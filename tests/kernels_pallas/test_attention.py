@@ -174,7 +174,7 @@ def merged(parts):
     ("implementation", "half"),
     [
         ("xla", TIME // 2),
-        ("xla", 0),
+        pytest.param("xla", 0, marks=pytest.mark.slow),
         pytest.param("reference", TIME // 2, marks=pytest.mark.slow),
     ],
 )

@@ -41,6 +41,7 @@ def test_two_processes_train_one_model(train, tmp_path):
     assert any(re.search(rb'"processes": ?2', content) for content in saved)
 
 
+@pytest.mark.slow
 def test_a_config_that_is_wrong_starts_nothing(train, tmp_path):
     status, said = train("--processes", "2", *TINY, "train.stepz=4", f"run.dir={tmp_path / 'run'}")
     assert status == 2 and "train.stepz" in said and "did you mean 'steps'" in said
