@@ -21,6 +21,7 @@ POINTS, LEAST, ALL = 120, 30, 25_000
 """Of a curve, at most about so many are kept; of many runs fewer, until of all together so many."""
 METRICS_BYTES = 1 << 30
 """Of a file of rows; a million rows have some 600 MB."""
+SUMMARY = "summary.json"
 RATE = "optimizer.learning_rate"
 ON_PURPOSE = ("train.stop_at", "train.minutes")
 """Ends that the config asked for."""
@@ -81,7 +82,11 @@ def read(found: Found, points: int = POINTS) -> Run:
     rows: list[dict[str, Any]] = []
     summary: dict[str, Any] = {}
     if found.path.is_dir():
-        config, rows, summary = (part(found.path, faults) for part in (_config, _rows, _summary))
+        config = _config(found.path, faults)
+        if any((found.path / name).exists() for name in (METRICS_FILE, SUMMARY)):
+            rows, summary = _rows(found.path, faults), _summary(found.path, faults)
+        else:
+            faults.append(f"neither {METRICS_FILE} nor {SUMMARY}: nothing was trained here, or it was killed early")
     else:
         faults.append("not begun" if found.row.get("state") == "waiting" else "its directory is missing")
     training, validation = _training(rows), _validation(rows)
@@ -164,14 +169,14 @@ def _rows(path: Path, faults: list[str]) -> list[dict[str, Any]]:
 
 def _summary(path: Path, faults: list[str]) -> dict[str, Any]:
     try:
-        summary = parse_json(read_bytes(path / "summary.json", JSON_BYTES))
+        summary = parse_json(read_bytes(path / SUMMARY, JSON_BYTES))
         if not isinstance(summary, dict):
             raise ValueError("not an object")
         return summary
     except FileNotFoundError:
-        faults.append("no summary.json: still running, or killed")
+        faults.append(f"no {SUMMARY}: still running, or killed")
     except (OSError, ValueError, UserError) as error:
-        faults.append(f"summary.json: cannot be read: {_short(error, path)}")
+        faults.append(f"{SUMMARY}: cannot be read: {_short(error, path)}")
     return {}
 
 

@@ -24,6 +24,14 @@ def test_a_finished_run(made_run):
     assert run.validation["val_loss"][-1] == pytest.approx(3.1, abs=0.01)
 
 
+def test_a_model_that_another_verb_made(made_run):
+    folder = made_run("half")
+    for name in ("metrics.jsonl", "summary.json"):
+        (folder / name).unlink()
+    run = read(Found(folder))
+    assert run.state == "unfinished" and run.config and len(run.faults) == 1 and "nothing was trained" in run.faults[0]
+
+
 def last_line(text):
     return text.rstrip("\n").rpartition("\n")
 

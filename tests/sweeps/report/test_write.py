@@ -110,7 +110,9 @@ def test_half_written_runs_are_reported_as_such(made_run, tmp_path, undrawn):
     page = report(find([str(tmp_path)]), tmp_path / "report", "x")[0].read_text()
     missing = {row[0]: row[2] for row in cells(page, "missing")}
     assert set(missing) == {"bare", "without-config", "without-metric", "without-summar"}
-    assert missing["bare"] == "no config.yaml; no metrics.jsonl; no summary.json: still running, or killed"
+    assert missing["bare"] == (
+        "no config.yaml; neither metrics.jsonl nor summary.json: nothing was trained here, or it was killed early"
+    )
     nothing = report(find([str(tmp_path / "bare")]), tmp_path / "other", "x")
     assert len(nothing) == 2 and "no config.yaml" in nothing[0].read_text()
 
