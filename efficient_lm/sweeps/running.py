@@ -33,6 +33,8 @@ WATCH_SECONDS = 2.0
 LOOK_SECONDS = 5.0
 """Between looks at what other processes of the sweep have done."""
 BEAT_SECONDS = 20.0
+PATIENCE_SECONDS = 300.0
+"""With a run that was asked to save and stop."""
 
 RUNS = "runs"
 LOG_FILE = "output.log"
@@ -49,14 +51,27 @@ STATES = {TrialState.COMPLETE: "finished", TrialState.PRUNED: "pruned", TrialSta
 
 @dataclass
 class Active:
-    """A run that this process has started, or found."""
+    """A run that this process has started, or found.
+
+    Attributes:
+        reported: steps that the study has a figure of.
+        asked_at: when it was asked to stop; None: it was not.
+        last: the newest value of each of its metrics.
+    """
 
     trial: FrozenTrial
     handle: Handle
     tail: Tail
     reported: set[int]
-    pruned: bool = False
+    asked_at: float | None = None
     last: dict[str, Any] = field(default_factory=dict)
+
+    def ask(self) -> None:
+        """Ask it to save and stop, unless it was asked before; one that does not is made to."""
+        now = time.monotonic()
+        if self.asked_at is None or now - self.asked_at > PATIENCE_SECONDS:
+            self.handle.cancel()
+            self.asked_at = now
 
     @property
     def arm(self) -> str:
@@ -123,7 +138,7 @@ class Runner:
             return False
         except BaseException:
             for active in self._active:
-                active.handle.cancel()
+                active.ask()
             raise
 
     def rows(self) -> list[Row]:
@@ -188,7 +203,7 @@ class Runner:
             handle = self.launcher.attach(self._job(trial), reference) if reference else None
             if handle is not None:
                 log.info("%s: still running", name)
-                self._active.append(self._followed(trial, handle))
+                self._follow_from_now(trial, handle)
                 return True
             if in_use(self._directory(trial)):
                 # A process that nobody knows by number, of a sweep that was killed, still trains it.
@@ -205,7 +220,8 @@ class Runner:
             self.study.release(name)
             return False
         if trial.user_attrs.get("reason") and not trial.user_attrs.get("restarts"):
-            self._end(trial, TrialState.FAIL)
+            self.study.end(trial, TrialState.FAIL)
+            self._leave(name)
             return True
         self._ready = trial
         return True
@@ -215,12 +231,19 @@ class Runner:
         job.directory.mkdir(parents=True, exist_ok=True)
         handle = self.launcher.submit(job)
         self.study.note(job.name, handle.reference)
-        self._active.append(self._followed(trial, handle))
+        self._follow_from_now(trial, handle)
+
+    def _follow_from_now(self, trial: FrozenTrial, handle: Handle) -> None:
+        active = Active(trial, handle, Tail(self._directory(trial)), set(trial.intermediate_values))
+        self._active.append(active)
+        if trial.user_attrs.get("pruned_at") is not None:
+            active.ask()
         self._changed(self.rows())
 
-    def _followed(self, trial: FrozenTrial, handle: Handle) -> Active:
-        pruned = trial.user_attrs.get("pruned_at") is not None
-        return Active(trial, handle, Tail(self._directory(trial)), set(trial.intermediate_values), pruned)
+    def _leave(self, name: str) -> None:
+        """An arm is no longer this process's."""
+        self.study.release(name)
+        self._changed(self.rows())
 
     def _job(self, trial: FrozenTrial) -> Job:
         told, directory = trial.user_attrs, self._directory(trial)
@@ -241,7 +264,9 @@ class Runner:
             self._beat_at = now + BEAT_SECONDS
         for active in list(self._active):
             status = active.handle.poll()
-            if status is not None:
+            if status is None and active.asked_at is not None:
+                active.ask()
+            elif status is not None:
                 self._active.remove(active)
                 self._follow(active)
                 self._settle(self.study.trial(active.arm), status)
@@ -268,11 +293,10 @@ class Runner:
                 self.study.report(active.trial, step, value)
                 active.reported.add(step)
                 new = True
-        if new and not active.pruned and active.handle.poll() is None and self.study.is_behind(active.trial):
-            active.pruned = True
+        if new and active.asked_at is None and active.handle.poll() is None and self.study.is_behind(active.trial):
             step = max(active.reported)
             self.study.keep(active.trial, pruned_at=step, reason=f"behind others at step {step}")
-            active.handle.cancel()
+            active.ask()
 
     def _settle(self, trial: FrozenTrial, status: int) -> None:
         """Note what became of a run."""
@@ -282,32 +306,31 @@ class Runner:
         values = [number(figures.get(objective.name)) for objective in self._objectives]
         with contextlib.suppress(UpdateFinishedTrialError):
             if told.get("pruned_at") is not None:
-                self._end(trial, TrialState.PRUNED, figures=figures)
+                self._end(trial, TrialState.PRUNED, figures)
             elif found.kind == "complete" and None in values:
                 missing = self._objectives[values.index(None)].name
-                self._end(trial, TrialState.FAIL, f"summary.json has no finite {missing}", figures=figures)
+                self._end(trial, TrialState.FAIL, figures, f"summary.json has no finite {missing}")
             elif found.kind == "complete":
-                self._end(trial, TrialState.COMPLETE, values=values, figures=figures)
+                self._end(trial, TrialState.COMPLETE, figures, values=values)
             elif found.kind == "failed":
-                self._end(trial, TrialState.FAIL, found.reason, figures=figures)
+                self._end(trial, TrialState.FAIL, figures, found.reason)
             else:
-                self._interrupted(trial, found, status)
-        self.study.release(told["arm"])
-        self._changed(self.rows())
+                self._interrupted(trial, found)
+        self._leave(told["arm"])
 
-    def _interrupted(self, trial: FrozenTrial, found: Outcome, status: int) -> None:
+    def _interrupted(self, trial: FrozenTrial, found: Outcome) -> None:
         """A run that can go on does so, unless it was ended again and again without saving a step in between."""
         directory, name = self._directory(trial), trial.user_attrs["arm"]
         if in_use(directory):
             self._not_before[name] = time.monotonic() + LOOK_SECONDS
             return
-        if self._stopping or status == UNKNOWN:
+        if self._stopping:
             return
         step, before = saved_step(directory), trial.user_attrs.get("restarts", {"step": -1, "count": 0})
         count = before["count"] + 1 if step <= before["step"] else 1
         if count > self._restarts:
             tried = f", {count} times without a step saved in between" if count > 1 else ""
-            self._end(trial, TrialState.FAIL, found.reason + tried, figures=found.figures)
+            self._end(trial, TrialState.FAIL, trial.user_attrs["figures"] | found.figures, found.reason + tried)
             return
         self.study.keep(trial, restarts={"step": step, "count": count}, reason=found.reason)
         log.warning("%s: %s; it goes on from step %d", name, found.reason, step)
@@ -316,16 +339,12 @@ class Runner:
         self,
         trial: FrozenTrial,
         state: TrialState,
-        reason: str | None = None,
+        figures: dict[str, Any],
+        reason: str = "",
         values: Sequence[float] | None = None,
-        figures: dict[str, Any] | None = None,
     ) -> None:
-        kept = {"figures": figures} if figures is not None else {}
-        self.study.keep(trial, **kept, **({"reason": reason} if reason else {}))
+        self.study.keep(trial, figures=figures, **({"reason": reason} if reason else {}))
         self.study.end(trial, state, values)
-        if figures is None:
-            self.study.release(trial.user_attrs["arm"])
-            self._changed(self.rows())
 
     def _stop(self) -> None:
         """Ask all runs to save and stop, and wait for them."""
@@ -333,7 +352,7 @@ class Runner:
         if self._ready is not None:
             self.study.release(self._ready.user_attrs["arm"])
         for active in self._active:
-            active.handle.cancel()
+            active.ask()
         while self._active:
             self._collect()
             time.sleep(POLL_SECONDS)
