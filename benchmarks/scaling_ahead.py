@@ -2,9 +2,9 @@
 
     PYTHONPATH=.:.ahead python benchmarks/scaling_ahead.py [--chips 8 64 256] [--output benchmarks/results]
 
-The step of `transformer_1b` (`configs/experiment/transformer_1b.yaml`, written out below) is compiled for topologies of
-TPU v5p and of H200 that are not there, with so many rows on every device; needs the packages of the extra `ahead`. The
-ideal: every parameter gathered once in the forward and once in the backward pass, and its gradient scattered once, in
+The step of `transformer_1b` with `parallelism=fsdp` is compiled for topologies of TPU v5p and of H200 that are not
+there, with four rows on every device, as `efficient-lm plan` does; needs the packages of the extra `ahead`. The ideal:
+every parameter gathered once in the forward and once in the backward pass, and its gradient scattered once, in
 bfloat16; P parameters on n devices are ``3 * 2 * P * (n - 1) / n`` bytes, and less where the head, whose gradient is
 made with its loss, is gathered once.
 """
@@ -17,25 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-from efficient_lm.models.language_model import ModelSpec
-from efficient_lm.models.parameters import count_parameters, decay_mask
-from efficient_lm.objectives.causal_lm import CausalLMSpec
-from efficient_lm.training.parallelism import ParallelismSpec
-from efficient_lm.training.step import abstract_state, make_step
-from kernels_pallas import ahead
-from kernels_pallas.ahead.collectives import collectives, totals
-from kernels_pallas.dispatch import preferring
+from efficient_lm.config import load_run_config
+from efficient_lm.models.parameters import count_parameters
+from efficient_lm.training.compiling import compiled_step, defined_for
+from efficient_lm.training.machines import elsewhere
+from kernels_pallas.ahead.collectives import totals
 
-ROWS, TIME = 4, 2048
-MODEL = {
-    "width": 2048, "vocab_size": 50304, "repeats": 16, "layout": ["layer"], "tied": True, "remat": "none",
-    "blocks": {"layer": {
-        "mixer": {"kind": "attention", "heads": 32, "kv_heads": 8}, "ffn": {"kind": "swiglu", "hidden": 8192},
-    }},
-}  # fmt: skip
-FSDP = {"mesh": {"fsdp": -1}, "rules": {"embed": "fsdp"}}
+ROWS = 4
+KEYS = ["experiment=transformer_1b", "data=sotu", "tokenizer=bytes", "parallelism=fsdp", "train.accumulate=1"]
 TOPOLOGIES = {
     8: ("v5p:2x2x2", "h200:1x8"),
     64: ("v5p:4x4x4", "h200:8x8"),
@@ -45,37 +35,30 @@ TOPOLOGIES = {
 
 def compiled(topology: str, kernels: str) -> dict[str, Any]:
     """Figures of one step on all devices of a topology."""
-    import optax
-
-    devices = list(ahead.devices(topology))
-    layout, model = ParallelismSpec(**FSDP).build(devices), ModelSpec.model_validate(MODEL).build()
-    optimizer = optax.adamw(4e-4, 0.9, 0.95, weight_decay=0.1, mask=decay_mask(model.declarations))
-    step = make_step(model, CausalLMSpec(), optimizer, clip_norm=1.0, dtype=jnp.bfloat16)
-    state, batch = abstract_state(model, optimizer, layout), layout.abstract_batch(ROWS * len(devices), TIME)
-    homes = jax.tree.map(lambda leaf: leaf.sharding, state), layout.replicated
+    machine = elsewhere(topology)
+    devices = len(machine.devices)
+    config = load_run_config([*KEYS, f"train.batch_size={ROWS * devices}", f"train.kernels={kernels}"])
+    defined = defined_for(config, machine)
     began = time.perf_counter()
-    with layout.active(), preferring(kernels):
-        program = ahead.compile_ahead(
-            step, (state, batch), topology, layout.mesh, donate_argnums=0, out_shardings=homes
-        )
+    program = compiled_step(defined, machine)
     seconds = time.perf_counter() - began
-    found = collectives(program.program.as_text())
-    others, count = (len(devices) - 1) / len(devices), count_parameters(model.declarations)
-    head = MODEL["width"] * MODEL["vocab_size"]
-    sent, ideal = sum(each.moved for each in found), 6 * count * others
+    others, count = (devices - 1) / devices, count_parameters(defined.model.declarations)
+    head = config.model.width * config.model.vocab_size
+    sent, ideal = sum(each.moved for each in program.collectives), 6 * count * others
     return {
         "topology": topology,
-        "devices": len(devices),
-        "tokens_per_device": ROWS * TIME,
+        "devices": devices,
+        "tokens_per_device": ROWS * config.train.sequence_length,
         "parameters": count,
         "peak_bytes": program.peak_bytes,
-        "state_bytes": round(12 * count / len(devices)),
+        "state_bytes": round(12 * count / devices),
         "sent_bytes": round(sent),
         "ideal_bytes": round(ideal),
         "ideal_bytes_head_once": round(ideal - 2 * head * others),
         "sent_over_ideal": round(sent / ideal, 4),
         "collectives": {
-            kind: {name: round(value) for name, value in row.items()} for kind, row in totals(found).items()
+            kind: {name: round(value) for name, value in row.items()}
+            for kind, row in totals(program.collectives).items()
         },
         "compile_seconds": round(seconds, 1),
     }

@@ -229,12 +229,31 @@ class PlanConfig(Spec):
     """What `plan` takes besides a run's config.
 
     Attributes:
+        target: the kind of machine that is planned for; None: what `topology` is of, or this machine.
+        topology: "v5p:4x4x4", a number of H200s, "h100:8" or "h200:8x8" (hosts, GPUs of each); None: the smallest of
+            the target, or this machine.
         devices: so many virtual CPU devices in place of the machine's; None takes the machine's.
         shardings: whether to list where every parameter lives; None does where there are several devices.
+        decode: whether the step that decodes a token is compiled too.
+        largest_batch: whether the largest batch that fits is looked for.
+        output: a JSON file for the figures.
     """
 
+    target: Literal["cpu", "gpu", "tpu"] | None = None
+    topology: Name | Count | None = None
     devices: Count | None = None
     shardings: bool | None = None
+    decode: bool = False
+    largest_batch: bool = False
+    output: Name | None = None
+
+    @model_validator(mode="after")
+    def _fits(self) -> "PlanConfig":
+        if self.devices is not None and (self.topology is not None or self.target in ("gpu", "tpu")):
+            raise ConfigError("devices: counts virtual CPU devices; of accelerators topology says how many: topology=8")
+        if self.target == "cpu" and self.topology is not None:
+            raise ConfigError("topology: is of accelerators; for several virtual CPU devices give devices=8")
+        return self
 
 
 Parts = Real | Annotated[Listing[Real], Field(min_length=1)] | dict[str, Real]

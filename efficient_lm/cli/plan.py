@@ -1,99 +1,109 @@
 """The verb `plan`."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from efficient_lm.cli.main import Options
-from efficient_lm.errors import ConfigError
+from efficient_lm.errors import ConfigError, ResourceError
+
+if TYPE_CHECKING:
+    from efficient_lm.config import PlanConfig, RunConfig
+    from efficient_lm.training.machines import Machine
 
 ROOT = "plan"
-SUMMARY = "Counts parameters, FLOPs and memory of a training config, without allocating anything."
+SUMMARY = "Counts parameters, FLOPs, memory and time of a training config, here or on a machine that is not there."
 HELP = """
 Takes every key of `train`, and
+  target=            cpu, gpu or tpu: what is planned for; by default this machine
+  topology=          v5p:4x4x4, v5e:2x4, v6e:4x4 | 8 (so many H200s) | h100:8 | h200:8x8 (hosts, GPUs of each)
   devices=           so many virtual CPU devices in place of this machine's: what each of them would hold
   shardings=         whether to list where every parameter lives; by default where there are several devices
+  decode=            whether the step that decodes a token is compiled too
+  largest_batch=     whether the largest batch that fits is looked for, which compiles up to six more steps
+  output=            a JSON file for the figures
+
+Steps are compiled for the machine, and nothing is allocated. Machines that are not there need the compilers of
+pip install 'efficient-lm[ahead]' (in a checkout: make ahead). Exit status 6: the step does not fit in the memory.
 
 Examples
   efficient-lm plan experiment=transformer_350m
   efficient-lm plan model.width=1024 model.repeats=24 mixer.heads=16 train.sequence_length=2048
   efficient-lm plan parallelism=fsdp_tensor devices=8
+  efficient-lm plan experiment=transformer_1b target=gpu topology=8 parallelism=fsdp largest_batch=true
+  efficient-lm plan experiment=transformer_1b topology=v5p:2x2x1 decode=true output=plan.json
 """
 
-
-PARTS = {
-    "parameters": "parameters, float32",
-    "gradients": "gradients, float32",
-    "optimizer": "optimizer state",
-    "activations": "activations, logits, workspace",
-}
 UNREAD = {"data": {"source": {"kind": "sotu"}}, "tokenizer": {"kind": "bytes"}}
 """Stand in for sections that name no file yet; a plan opens neither."""
 
 
 def run(overrides: Sequence[str], options: Options) -> None:
-    """Count what the config that `overrides` compose would cost."""
+    """Count what the config that `overrides` compose would cost; `ResourceError` if the machine has not the memory."""
+    asked, config = _configs(overrides, options)
+
+    from efficient_lm.cli.plan_table import lines
+    from efficient_lm.training.accounting import plan
+    from efficient_lm.training.fitting import largest_batch, with_fitting_accumulate
+    from efficient_lm.training.machines import machine
+    from efficient_lm.training.setup import with_vocabulary
+
+    where = machine(asked.target, asked.topology, asked.devices)
+    if asked.largest_batch and where.memory is None:
+        raise ConfigError(f"largest_batch: the memory of {where} is not known; give a topology, such as h200:8")
+    if config.model.vocab_size is None:
+        config = with_vocabulary(config, config.tokenizer.build())
+    divided = config if where.topology is None else with_fitting_accumulate(config, where)
+    figures = plan(divided, where, asked.decode)
+    if divided is not config:
+        figures["changed"] = {"train.accumulate": [config.train.accumulate, divided.train.accumulate]}
+    if asked.largest_batch:
+        found = largest_batch(divided, where, figures["bytes"]["peak"])
+        figures["largest_batch"] = found and found._asdict()
+    shardings = len(where.devices) > 1 if asked.shardings is None else asked.shardings
+    print("\n".join(lines(divided, figures, where, shardings)))
+    if asked.output is not None:
+        _write(asked.output, figures, where)
+    _check_memory(divided, figures, where)
+
+
+def _configs(overrides: Sequence[str], options: Options) -> "tuple[PlanConfig, RunConfig]":
     from efficient_lm.composition import compose
     from efficient_lm.config import PlanConfig, RunConfig
     from efficient_lm.validation import validate
 
     values = compose(ROOT, overrides, options.config_dirs, optional=tuple(UNREAD)).values
-    asked = validate(PlanConfig, {key: values.pop(key, None) for key in PlanConfig.model_fields})
+    asked = validate(PlanConfig, {key: values.pop(key) for key in PlanConfig.model_fields if key in values})
     if "tokenizer" not in values and values["model"].get("vocab_size") is None:
         raise ConfigError("model.vocab_size: null takes the tokenizer's, and tokenizer.path is not given; give either")
-    config = validate(RunConfig, {**UNREAD, **values})
-
-    import jax
-
-    if asked.devices is not None:
-        jax.config.update("jax_num_cpu_devices", asked.devices)
-    devices = jax.devices() if asked.devices is None else jax.devices("cpu")[: asked.devices]
-
-    from efficient_lm.training.accounting import plan
-    from efficient_lm.training.setup import with_vocabulary
-
-    if config.model.vocab_size is None:
-        config = with_vocabulary(config, config.tokenizer.build())
-    figures = plan(config, devices)
-    _print(config, figures, f"{len(devices)} {devices[0].platform} device(s)")
-    if asked.shardings or (asked.shardings is None and len(devices) > 1):
-        _print_placements(figures)
+    return asked, validate(RunConfig, {**UNREAD, **values})
 
 
-def _print(config: Any, figures: dict[str, Any], where: str) -> None:
-    train, flops, memory = config.train, figures["flops_per_token"], figures["bytes"]
-    rows: list[tuple[str, str]] = [("parameters", "")]
-    rows += [(f"  {part}", f"{count:,}") for part, count in figures["parameters"].items()]
-    rows += [("FLOPs", "")]
-    rows += [(f"  {name} per token", f"{value / 1e6:,.2f} M") for name, value in flops.items()]
-    rows += [("  whole run", f"{figures['training_flops']:.3g} for {figures['tokens']:,} tokens")]
-    micro = train.batch_size // train.accumulate
-    if len(figures["programs"]) > 1:
-        rows += [("steps", "")]
-        rows += [
-            (f"  from {step:,} on", f"{count:,} × {length:,} tokens") for step, count, length in figures["programs"]
-        ]
-    rows += [(f"memory of a step, {micro} × {train.sequence_length} tokens at a time, on each of {where}", "")]
-    rows += [(f"  {shown}", _size(memory[name])) for name, shown in PARTS.items()]
-    rows += [("  total", _size(sum(memory[name] for name in PARTS)))]
-    rows += [(f"cache of one sequence of {train.sequence_length} tokens", _size(memory["cache_per_sequence"]))]
-    width = max(len(name) for name, value in rows if value)
-    print("\n".join(f"{name:<{width}}  {value:>18}" if value else name for name, value in rows))
+def _check_memory(config: "RunConfig", figures: dict[str, Any], where: "Machine") -> None:
+    """Refuse what does not fit, with the smallest change that would do. Raises `ResourceError`."""
+    from efficient_lm.cli.plan_table import size
+    from efficient_lm.training.fitting import remedy
+
+    sizes = figures["bytes"]
+    if where.memory is None or sizes["peak"] <= where.memory:
+        return
+    owner = "this machine" if where.topology is None and where.target.platform == "cpu" else "each device"
+    needs = f"a step needs {size(sizes['peak'])} of {owner}, which has {size(where.memory)}"
+    found = remedy(config, where)
+    if found is not None:
+        raise ResourceError(f"{needs}; nearest that fits: {' '.join(found.keys)} ({size(found.peak)})")
+    state = sizes["parameters"] + sizes["gradients"] + sizes["optimizer"]
+    raise ResourceError(
+        f"{needs}; neither one row at a time nor model.remat=full nor parallelism=fsdp makes it fit "
+        f"(parameters, gradients and optimizer alone are {size(state)}): take more or larger devices"
+    )
 
 
-def _print_placements(figures: dict[str, Any]) -> None:
-    mesh = " × ".join(f"{axis}={size}" for axis, size in figures["mesh"].items())
-    print(f"on each device of {mesh}: parameters, float32, and their optimizer state; axis/what divides it")
-    rows = [
-        (each.path, " ".join(f"{axis}={size}" for axis, size in zip(each.axes, each.shape, strict=True)), each)
-        for each in figures["placements"]
-    ]
-    width, shape = (max(len(row[column]) for row in rows) for column in (0, 1))
-    for path, axes, each in rows:
-        print(f"  {path:<{width}}  {axes:<{shape}}  {_size(each.parameter):>10}  {_size(each.optimizer):>10}")
+def _write(path: str, figures: dict[str, Any], where: "Machine") -> None:
+    """All figures as JSON, with the machine and versions."""
+    from efficient_lm.runtime import surroundings
+    from efficient_lm.training.reporting import write_json_atomically
 
-
-def _size(count: int) -> str:
-    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= factor:
-            return f"{count / factor:,.2f} {unit}"
-    return f"{count} B"
+    machine = {"name": str(where), "topology": where.topology, "devices": len(where.devices), "memory": where.memory}
+    placed = [each._asdict() for each in figures["placements"]]
+    facts = {"machine": machine, "versions": surroundings("jax", "jaxlib")["versions"]}
+    write_json_atomically(path, facts | figures | {"placements": placed})

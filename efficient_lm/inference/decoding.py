@@ -1,6 +1,6 @@
 """Cached decoding of a batch of prompts of unequal length."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -94,6 +94,23 @@ class Decoder:
             token, position, caches, halves = following
             if halves is not None:
                 ran.add(np.asarray(halves), ~ended, begun.lengths + index)
+
+    def abstract_step(
+        self, rows: int, length: int, sampling: SamplingSpec
+    ) -> tuple[Callable, tuple[Any, ...], dict[str, Any]]:
+        """What decodes the next token of each row: the function, shapes of its arguments, and options of `jax.jit`.
+
+        Args:
+            length: of prompt and new tokens together.
+        """
+        caches = jax.eval_shape(lambda: self.model.init_caches(rows, rounded(length), self.dtype))
+        keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows))
+        token = jax.ShapeDtypeStruct((rows,), jnp.int32)
+
+        def step(*arguments: Any) -> Any:
+            return self._next(*arguments, sampling=sampling)
+
+        return step, (self.params, token, token, keys, caches), {"donate_argnums": 4}
 
     def _begin(self, prompts: Sequence[np.ndarray], max_new_tokens: int, sampling: SamplingSpec, seed: int) -> "_Begun":
         """Read the prompts, whose errors are those of `stream`."""

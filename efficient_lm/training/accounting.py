@@ -2,7 +2,6 @@
 
 import math
 from collections import Counter
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -12,12 +11,13 @@ from efficient_lm.elastic.nested import nested_models
 from efficient_lm.elastic.nesting import NoNestingSpec
 from efficient_lm.models.language_model import LanguageModel
 from efficient_lm.models.parameters import count_parameters, parameter_table
-from efficient_lm.objectives.base import Batch
-from efficient_lm.training.freezing import trainable
-from efficient_lm.training.parallelism import Layout
+from efficient_lm.training.compiling import compiled_decode, compiled_step, defined_for
+from efficient_lm.training.machines import Machine, here
 from efficient_lm.training.portions import Portions
-from efficient_lm.training.step import State, abstract_state, make_step
-from kernels_pallas.dispatch import preferring
+from efficient_lm.training.roofline import estimate
+from efficient_lm.training.step import State
+from kernels_pallas.ahead import TooLarge
+from kernels_pallas.ahead.collectives import totals
 
 
 def parameters_by_part(model: LanguageModel) -> dict[str, int]:
@@ -32,25 +32,6 @@ def parameters_by_part(model: LanguageModel) -> dict[str, int]:
             first = f"{names[start + int(place.removeprefix('layer_'))]}.{half}"
         counts[first] += declaration.size
     return dict(counts)
-
-
-def abstract_step(config: RunConfig, model: LanguageModel, layout: Layout) -> tuple[Callable, State, Batch]:
-    """The training step of a config, to be jitted with its state donated, and the shapes of its state and batch."""
-    train = config.train
-    model.check_length(train.sequence_length, "train.sequence_length")
-    portions = Portions(train)
-    portions.check(layout, train.accumulate)
-    layout.check_context(config.model, *(portion.length for portion in portions.portions))
-    layout.check_experts(config.model)
-    schedule = config.schedule.build(config.optimizer.learning_rate, train.steps)
-    chosen = trainable(model.declarations, train.only, train.freeze, train.frozen_experts)
-    growths = config.parameterization.growth(model)
-    optimizer = config.optimizer.build(schedule, model.declarations, growths=growths, chosen=chosen)
-    options = {"accumulate": train.accumulate, "clip_norm": train.clip_norm, "dtype": config.precision.dtype}
-    options |= {"chosen": chosen, "nesting": config.nesting, "average": train.average}
-    step = make_step(model, config.objective, optimizer, **options)
-    batch = layout.abstract_batch(*portions.largest.batch)
-    return step, abstract_state(model, optimizer, layout, train.average is not None), batch
 
 
 class Placement(NamedTuple):
@@ -71,7 +52,7 @@ class Placement(NamedTuple):
 
 
 def placements(model: LanguageModel, state: State) -> list[Placement]:
-    """Of every parameter, from a state with shardings (see `abstract_step`)."""
+    """Of every parameter, from a state with shardings (see `Definition.abstract_state`)."""
     found = []
     moments: Counter[str] = Counter()
     for path, leaf in jax.tree.leaves_with_path(state["optimizer"]):
@@ -86,52 +67,97 @@ def placements(model: LanguageModel, state: State) -> list[Placement]:
     return found
 
 
-def plan(config: RunConfig, devices: list[jax.Device] | None = None) -> dict[str, Any]:
+def plan(config: RunConfig, machine: Machine | None = None, decode: bool = False) -> dict[str, Any]:
     """Count a training run.
 
-    The step is compiled for `devices` (this machine's, by default), and its memory is what the compiler says; no array
-    is made. Bytes are those on one device.
+    The step is compiled for a machine (this one, by default), and its memory is what the compiler says; no array is
+    made. Bytes are those on one device.
+
+    Args:
+        config: with its `model.vocab_size` known.
+        decode: whether the step that decodes one sequence is compiled too.
 
     Returns:
-        `parameters` by part; `flops_per_token` forward and training; `mesh`, the size of each of its axes;
-        `placements`, a list of `Placement`; bytes: `parameters`, `gradients`, `optimizer`
-        (with the average of the parameters, if one is kept),
-        `activations` (all else that lives during a step: activations, logits, workspace), `cache_per_sequence` for one
-        sequence of `train.sequence_length` in the compute dtype; `programs`, the first step, rows and tokens per row of
-        each step that has to be compiled. Of several steps, memory and `flops_per_step` are of the largest.
+        `parameters` by part; `flops_per_token` forward and training; `flops_per_step`, of all `devices`; `mesh`, the
+        size of each of its axes; `placements`, a list of `Placement`; bytes: `parameters`, `gradients`, `optimizer`
+        (with the average of the parameters, if one is kept), `activations` (all else that lives during a step: batch,
+        activations, logits, workspace), `peak`, which is their sum, and `cache_per_sequence` for one sequence of
+        `train.sequence_length` in the compute dtype; `collectives` by kind (see `ahead.collectives.totals`); `time`
+        (see `Estimate.dump`), None where nothing is known of the machine or the compiler refuses the step; `programs`,
+        the first step, rows and tokens per row of each step that has to be compiled; with `decode` what `_decoding`
+        returns. Of several steps, memory, time and `flops_per_step` are of the largest.
     """
-    model, train = config.model.build(), config.train
-    layout = config.parallelism.build(devices)
-    step, state, batch = abstract_step(config, model, layout)
-    with layout.active(), preferring(train.kernels):
-        memory = jax.jit(step, donate_argnums=0).lower(state, batch).compile().memory_analysis()
-    shape = batch["tokens"].shape
-    parameters = gradients = _bytes(state["parameters"])
-    forward = model.flops_per_token(train.sequence_length)
-    portions = Portions(train)
-    training = run_flops_per_token(config, model)
+    machine = here() if machine is None else machine
+    defined = defined_for(config, machine)
+    config, model, portions = defined.config, defined.model, defined.portions
+    rows, length = portions.largest.batch
+    step = step_flops_per_token(config, model, length) * rows * length
+    try:
+        program = compiled_step(defined, machine)
+        peak, exchanged = program.peak_bytes, totals(program.collectives)
+        timed = estimate(program, machine, config.precision.compute, step, rows * length)
+    except TooLarge as error:
+        peak, exchanged, timed = error.needed, {}, None
+    state = defined.abstract_state()
+    training, length = run_flops_per_token(config, model), config.train.sequence_length
+    cached = cache_bytes(model, length, config.precision.dtype)
     return {
         "parameters": parameters_by_part(model) | {"total": count_parameters(model.declarations)},
-        "flops_per_token": {"forward": forward, "training": training},
-        "flops_per_step": step_flops_per_token(config, model, shape[1]) * math.prod(shape),
+        "flops_per_token": {
+            "forward": model.flops_per_token(length),
+            "training": training,
+        },
+        "flops_per_step": step,
         "training_flops": training * portions.tokens(),
         "tokens": portions.tokens(),
         "programs": [(portion.step, *portion.batch) for portion in portions.portions],
-        "mesh": dict(layout.mesh.shape),
+        "devices": len(machine.devices),
+        "mesh": dict(defined.layout.mesh.shape),
         "placements": placements(model, state),
-        "bytes": {
-            "parameters": parameters,
-            "gradients": gradients,
-            "optimizer": _bytes(state["optimizer"]) + _bytes(state.get("average", {})),
-            "activations": max(memory.temp_size_in_bytes - gradients, 0),
-            "cache_per_sequence": cache_bytes(model, train.sequence_length, config.precision.dtype),
-        },
+        "bytes": _parts(state, peak) | {"cache_per_sequence": cached},
+        "collectives": exchanged,
+        "time": timed and timed.dump(),
+    } | ({"decode": _decoding(config, model, machine)} if decode else {})
+
+
+def _parts(state: State, peak: int) -> dict[str, int]:
+    """What the bytes of a step's peak are: the compiler says only how many."""
+    parameters = device_bytes(state["parameters"])
+    optimizer = device_bytes(state["optimizer"]) + device_bytes(state.get("average", {}))
+    gradients = max(min(parameters, peak - parameters - optimizer), 0)
+    activations = max(peak - parameters - optimizer - gradients, 0)
+    return {
+        "parameters": parameters,
+        "gradients": gradients,
+        "optimizer": optimizer,
+        "activations": activations,
+        "peak": peak,
     }
+
+
+def _decoding(config: RunConfig, model: LanguageModel, machine: Machine) -> dict[str, Any]:
+    """Of a token of one sequence of `train.sequence_length`: bytes of one device, `parameters` (float32), `cache`,
+    `peak`; `time`, None where nothing is known of the machine or the compiler refuses.
+
+    Raises:
+        ConfigError: the model does not decode.
+    """
+    length, alone = config.train.sequence_length, machine.alone()
+    sizes = {
+        "parameters": 4 * count_parameters(model.declarations),
+        "cache": cache_bytes(model, length, config.precision.dtype),
+    }
+    try:
+        program = compiled_decode(config, model, machine)
+    except TooLarge as error:
+        return {"bytes": sizes | {"peak": error.needed}, "time": None}
+    timed = estimate(program, alone, config.precision.compute, program.flops, 1)
+    return {"bytes": sizes | {"peak": program.peak_bytes}, "time": timed and timed.dump()}
 
 
 def cache_bytes(model: LanguageModel, length: int, dtype: jax.typing.DTypeLike) -> int:
     """Bytes of the caches of one sequence of `length` tokens, activations in `dtype`."""
-    return _bytes(jax.eval_shape(lambda: model.init_caches(1, length, dtype)))
+    return device_bytes(jax.eval_shape(lambda: model.init_caches(1, length, dtype)))
 
 
 def run_flops_per_token(config: RunConfig, model: LanguageModel, steps: int | None = None) -> float:
@@ -150,7 +176,8 @@ def step_flops_per_token(config: RunConfig, model: LanguageModel, length: int | 
     return config.nesting.cost([each.model.training_flops_per_token(length) for each in nested_models(model)])
 
 
-def _bytes(tree: Any) -> int:
+def device_bytes(tree: Any) -> int:
+    """Of arrays, those on one device."""
     return sum(map(_on_a_device, jax.tree.leaves(tree)))
 
 

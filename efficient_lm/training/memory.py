@@ -1,7 +1,18 @@
 """Memory in use, as the allocator and the operating system say: asking makes no device wait."""
 
+from pathlib import Path
+
 import jax
 import psutil
+
+LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+"""Files in which Linux says how much memory this process and those beside it in a container may take."""
+
+
+def machine_memory() -> int:
+    """Bytes of main memory of this machine, or those that this process's container may take, if they are fewer."""
+    said = [Path(path).read_text().strip() for path in LIMITS if Path(path).is_file()]
+    return min([psutil.virtual_memory().total, *(int(text) for text in said if text.isdigit())])
 
 
 def memory_figures() -> dict[str, int]:

@@ -1,7 +1,7 @@
 """From a config to everything a run needs, before anything is written: every fault of config or data shows up here."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -34,18 +34,21 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Setup:
-    """A run's parts, and its compiled functions, made when first asked for."""
+class Definition:
+    """What a config says of a run before any text is read, and its training step, compiled when first called.
+
+    Attributes:
+        chosen: the parameters that change; None: all.
+        growths: how much larger each parameter is than at the base width of the parametrization; None: not at all.
+    """
 
     config: RunConfig
-    tokenizer: Tokenizer
-    data: Data
     layout: Layout
     model: LanguageModel
     schedule: Callable[[Any], Any]
     optimizer: optax.GradientTransformation
-    chosen: Trainable | None = None
-    growths: Any = None
+    chosen: Trainable | None
+    growths: Any
 
     @property
     def averaged(self) -> bool:
@@ -58,19 +61,19 @@ class Setup:
         return Portions(self.config.train)
 
     @cached_property
-    def step(self) -> Callable:
-        """The jitted training step ``(state, batch) -> (state, metrics)``; the state is donated."""
+    def step_options(self) -> dict[str, Any]:
+        """How the training step is jitted: the state is donated, and stays where it is."""
         shardings = state_shardings(self.model, self.optimizer, self.layout, self.averaged)
         shardings |= {"spikes": self.layout.replicated} if self.config.train.spike.looks else {}
-        return jax.jit(self._step(), donate_argnums=0, out_shardings=(shardings, self.layout.replicated))
+        return {"donate_argnums": 0, "out_shardings": (shardings, self.layout.replicated)}
 
     @cached_property
-    def probe(self) -> Callable:
-        """The jitted look ``(state, batch) -> sizes`` at what the step is about to do (see `training.probes`)."""
-        probe = make_probe(self._step(parameter_sizes), self.model, self.config.precision.dtype)
-        return jax.jit(probe, out_shardings=self.layout.replicated)
+    def step(self) -> Callable:
+        """The jitted training step ``(state, batch) -> (state, metrics)``; the state is donated."""
+        return jax.jit(self.plain_step(), **self.step_options)
 
-    def _step(self, look: Callable | None = None) -> Callable:
+    def plain_step(self, look: Callable | None = None) -> Callable:
+        """The training step, not jitted; `look` as in `training.step.make_step`."""
         train = self.config.train
         return make_step(
             self.model,
@@ -86,6 +89,24 @@ class Setup:
             spike=train.spike,
             look=look,
         )
+
+    def abstract_state(self) -> dict[str, Any]:
+        """Shapes, dtypes and shardings of the state."""
+        return abstract_state(self.model, self.optimizer, self.layout, self.averaged)
+
+
+@dataclass(frozen=True)
+class Setup(Definition):
+    """A run's parts, and its compiled functions, made when first asked for."""
+
+    tokenizer: Tokenizer
+    data: Data
+
+    @cached_property
+    def probe(self) -> Callable:
+        """The jitted look ``(state, batch) -> sizes`` at what the step is about to do (see `training.probes`)."""
+        probe = make_probe(self.plain_step(parameter_sizes), self.model, self.config.precision.dtype)
+        return jax.jit(probe, out_shardings=self.layout.replicated)
 
     @cached_property
     def provenance(self) -> dict[str, Any]:
@@ -141,10 +162,6 @@ class Setup:
         spike = self.config.train.spike
         return jax.device_put(spike.resumed(record), self.layout.replicated)
 
-    def abstract_state(self) -> dict[str, Any]:
-        """Shapes, dtypes and shardings of the state."""
-        return abstract_state(self.model, self.optimizer, self.layout, self.averaged)
-
 
 def with_vocabulary(config: RunConfig, tokenizer: Tokenizer) -> RunConfig:
     """The config with `model.vocab_size` known. Raises `ConfigError` if it is too small for data or tokenizer."""
@@ -186,6 +203,15 @@ def schedule_of(config: RunConfig) -> Callable[[Any], Any]:
     return config.schedule.build(config.optimizer.learning_rate, config.train.steps)
 
 
+def define(config: RunConfig, devices: Sequence[jax.Device] | None = None) -> Definition:
+    """Define model, optimizer and step of a config whose `model.vocab_size` is known, on `devices` (all, by default).
+
+    Raises:
+        ConfigError: parts of the config that do not fit each other, or the devices.
+    """
+    return _defined(config, _laid_out(config, devices))
+
+
 def prepare(config: RunConfig) -> Setup:
     """Open tokenizer and data, define model and optimizer; nothing is written and no array is allocated.
 
@@ -193,31 +219,41 @@ def prepare(config: RunConfig) -> Setup:
         ConfigError: parts of the config that do not fit each other.
         DataError: a tokenizer or text file that cannot be used.
     """
-    train = config.train
-    layout = config.parallelism.build()
-    portions = Portions(train)
-    portions.check(layout, train.accumulate)
-    layout.check_experts(config.model)
-    check_kernels(config)
+    layout = _laid_out(config)
     tokenizer = config.tokenizer.build()
     if config.data.reads_text and isinstance(tokenizer, AbsentTokenizer):
         raise ConfigError(f"tokenizer: data of the kind '{config.data.kind}' is text; valid: sotu_bpe, bytes, file")
-    config = with_factors(with_vocabulary(config, tokenizer))
-    model = config.model.build()
-    model.check_length(train.sequence_length, "train.sequence_length")
-    layout.check_context(config.model, *(portion.length for portion in portions.portions))
-    if config.model.elastic is not None:
-        nested_models(model)  # It says so if a part leaves nothing that works.
+    defined = _defined(with_vocabulary(config, tokenizer), layout)
+    config, model = defined.config, defined.model
     if config.init_from is not None:
         check_source(Path(config.init_from), model, config.init_state == "all")
-    data = config.data.open(tokenizer, train.sequence_length, config.run.seed)
-    schedule = schedule_of(config)
-    if config.optimizer.replaces_decay and config.schedule.end(train.steps) < 1:
+    data = config.data.open(tokenizer, config.train.sequence_length, config.run.seed)
+    if config.optimizer.replaces_decay and config.schedule.end(config.train.steps) < 1:
         log.warning(
             "schedule: %s lowers the learning rate of %s, whose average of the way stands in for that; "
             "schedule=constant leaves it to the average", config.schedule.kind, config.optimizer.kind,
         )  # fmt: skip
+    return Setup(**vars(defined), tokenizer=tokenizer, data=data)
+
+
+def _laid_out(config: RunConfig, devices: Sequence[jax.Device] | None = None) -> Layout:
+    """The devices as the config arranges them, which the batch and the experts divide over."""
+    layout = config.parallelism.build(None if devices is None else list(devices))
+    Portions(config.train).check(layout, config.train.accumulate)
+    layout.check_experts(config.model)
+    check_kernels(config)
+    return layout
+
+
+def _defined(config: RunConfig, layout: Layout) -> Definition:
+    config = with_factors(config)
+    model, train = config.model.build(), config.train
+    model.check_length(train.sequence_length, "train.sequence_length")
+    layout.check_context(config.model, *(portion.length for portion in Portions(train).portions))
+    if config.model.elastic is not None:
+        nested_models(model)  # It says so if a part leaves nothing that works.
+    schedule = schedule_of(config)
     chosen = trainable(model.declarations, train.only, train.freeze, train.frozen_experts)
     growths = config.parameterization.growth(model)
     optimizer = config.optimizer.build(schedule, model.declarations, growths=growths, chosen=chosen)
-    return Setup(config, tokenizer, data, layout, model, schedule, optimizer, chosen, growths)
+    return Definition(config, layout, model, schedule, optimizer, chosen, growths)

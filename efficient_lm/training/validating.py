@@ -54,7 +54,8 @@ class Validation:
         params, figures, wanted = self._parameters(state), setup.data.figures, train.stop_at_accuracy
 
         def scored(scorer: Callable, params: Parameters) -> dict[str, Any]:
-            batches = setup.data.validation_batches(train.batch_size, rows, *setup.layout.part)
+            # As many rows at a time as a step computes, so that what holds the step holds this too.
+            batches = setup.data.validation_batches(train.batch_size // train.accumulate, rows, *setup.layout.part)
             return evaluate(scorer, params, moving(self._until_stopped(batches)), setup.layout.batch, self._total)
 
         scores = scored(setup.scorer, params)

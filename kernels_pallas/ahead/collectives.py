@@ -5,12 +5,11 @@ import re
 from collections import Counter, defaultdict
 from typing import NamedTuple
 
+import numpy as np
+
+from kernels_pallas.ahead.program_text import ProgramText
+
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
-_ITEM = {"pred": 8, "s4": 4, "u4": 4, "token": 0, "bf16": 16}  # bits; others end in them, as f32 and s8 do
-_SHAPE = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\]")
-_OPERATION = re.compile(r"^\s*(?:ROOT )?%?([\w.-]+) = (.*?) ([\w-]+)\((.*)$")
-_CALLED = re.compile(r"(?:calls|to_apply|body|true_computation|false_computation)=%?([\w.-]+)")
-_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 
 
 class Collective(NamedTuple):
@@ -22,6 +21,7 @@ class Collective(NamedTuple):
         devices: how many take part together.
         times: how often it runs in one call of the program.
         name: of what it was made for, as jax names operations.
+        group: the devices of one exchange, by their places in the mesh; empty where the program names none.
     """
 
     kind: str
@@ -29,6 +29,7 @@ class Collective(NamedTuple):
     devices: int
     times: int
     name: str
+    group: tuple[int, ...] = ()
 
     @property
     def moved(self) -> float:
@@ -42,40 +43,26 @@ class Collective(NamedTuple):
         return (self.devices - 1) / self.devices
 
 
-def collectives(text: str) -> list[Collective]:
+def collectives(text: str | ProgramText) -> list[Collective]:
     """Every collective of a compiled program, of its text (``compiled.as_text()``).
 
     Raises:
         ValueError: a loop around a collective does not say how often it runs.
     """
-    computations, entry = _computations(text)
+    program = ProgramText(text) if isinstance(text, str) else text
     found: list[Collective] = []
-
-    def visit(name: str, runs: int | None) -> None:
-        shapes: dict[str, int] = {}
-        for line in computations.get(name, ()):
-            match = _OPERATION.match(line)
-            if match is None:
-                continue
-            own, result, operation, rest = match.groups()
-            shapes[own] = _bytes(result)
-            kind = operation.removesuffix("-start")
-            if kind == "all-reduce" and name.startswith("all-reduce-scatter"):
-                kind = "reduce-scatter"  # TPUs have one as an all-reduce that keeps a part, fused
-            if kind in KINDS:
-                if runs is None:
-                    raise ValueError(f"collectives: a loop around {own} does not say how often it runs")
-                operands = sum(shapes.get(name, 0) for name in re.findall(r"%([\w.-]+)", rest.split(")")[0]))
-                named = re.search(r'op_name="([^"]*)"', line)
-                found.append(Collective(kind, operands, _devices(line), runs, named[1] if named else ""))
-            inner = runs
-            if operation == "while":
-                count = _trips(line, computations)
-                inner = None if runs is None or count is None else runs * count
-            for called in _called(line, operation):
-                visit(called, inner)
-
-    visit(entry, 1)
+    for operation, times, _, computation in program.runs:
+        kind = operation.kind.removesuffix("-start")
+        if kind == "all-reduce" and computation.startswith("all-reduce-scatter"):
+            kind = "reduce-scatter"  # TPUs have one as an all-reduce that keeps a part, fused
+        if kind not in KINDS:
+            continue
+        if times is None:
+            raise ValueError(f"collectives: a loop around {operation.name} does not say how often it runs")
+        operands = sum(program.size(computation, name) for name in operation.operands)
+        named = re.search(r'op_name="([^"]*)"', operation.line)
+        devices, group = _group(operation.line)
+        found.append(Collective(kind, operands, devices, times, named[1] if named else "", group))
     return found
 
 
@@ -87,58 +74,39 @@ def totals(found: list[Collective]) -> dict[str, dict[str, float]]:
     return {kind: dict(row) for kind, row in sorted(table.items())}
 
 
-def _trips(line: str, computations: dict[str, list[str]]) -> int | None:
-    """How often a loop runs, as the compiler says, or else as the one number says that its condition compares with."""
-    if said := re.search(r'"known_trip_count":\{"n":"(\d+)"', line):
-        return int(said[1])
-    condition = re.search(r"condition=%?([\w.-]+)", line)
-    lines = computations.get(condition[1], []) if condition else []
-    lines = lines + [inner for name in _CALLED.findall("\n".join(lines)) for inner in computations.get(name, [])]
-    numbers = {int(number) for each in lines for number in re.findall(r"s32\[\]\S* constant\((\d+)\)", each)}
-    return numbers.pop() if len(numbers) == 1 else None
-
-
-def _computations(text: str) -> tuple[dict[str, list[str]], str]:
-    """Lines of each computation by name, and the name of the one that runs."""
-    found: dict[str, list[str]] = {}
-    entry = name = ""
-    for line in text.splitlines():
-        head = re.match(r"^(ENTRY )?%?([\w.-]+)(?: \(.*)? \{\s*$|^(ENTRY )?%?([\w.-]+) \(.*\{\s*$", line)
-        if head and not line.startswith(" "):
-            name = head[2] or head[4]
-            found[name] = []
-            entry = name if line.startswith("ENTRY") else entry
-        elif name:
-            found[name].append(line)
-    return found, entry
-
-
-def _called(line: str, operation: str) -> list[str]:
-    if operation in ("all-reduce", "reduce-scatter", "reduce", "sort", "scatter", "select-and-scatter", "map"):
-        return []
-    if operation.startswith(("all-reduce", "reduce-window")):
-        return []
-    branches = _BRANCHES.search(line)
-    named = [name.strip().lstrip("%") for name in branches[1].split(",")] if branches else []
-    return named + _CALLED.findall(line)
-
-
-def _devices(line: str) -> int:
-    """How many devices a collective joins."""
-    if counted := re.search(r"replica_groups=\[\d+,(\d+)\]", line):
-        return int(counted[1])
+def _group(line: str) -> tuple[int, tuple[int, ...]]:
+    """How many devices a collective joins, and those of the first group."""
+    if counted := re.search(r"replica_groups=\[\d+,(\d+)\](?:<=\[([\d,]+)\](?:T\(([\d,]+)\))?)?", line):
+        count, sizes, order = int(counted[1]), counted[2], counted[3]
+        if sizes is None:
+            return count, ()
+        places = np.arange(math.prod(_numbers(sizes))).reshape(_numbers(sizes))
+        places = places.transpose(_numbers(order)) if order else places
+        return count, tuple(places.reshape(-1)[:count].tolist())
     if listed := re.search(r"replica_groups=\{\{([\d,]*)\}", line):
-        return len(listed[1].split(","))
+        return len(listed[1].split(",")), tuple(_numbers(listed[1]))
     if named := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\([^)]*\))? \{([^}]*)\}", line):
-        sizes = dict(re.findall(r"'(\w+)'=(\d+)", named[1]))
-        parts = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", named[2])
-        return math.prod(int(part or sizes[axis]) for axis, part in parts)
-    return 2 if "source_target_pairs" in line else 1
+        sizes = {axis: int(size) for axis, size in re.findall(r"'(\w+)'=(\d+)", named[1])}
+        parts = re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", named[2])
+        count = math.prod(int(part or sizes[axis]) for axis, _, part in parts)
+        return count, _along(sizes, parts)
+    pairs = re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", line)
+    if pairs:
+        return 2, (int(pairs[1]), int(pairs[2]))
+    return (2 if "source_target_pairs" in line else 1), ()
 
 
-def _bytes(shape: str) -> int:
-    total = 0
-    for kind, sizes in _SHAPE.findall(shape):
-        bits = _ITEM.get(kind) or int(re.search(r"\d+", kind)[0] if re.search(r"\d+", kind) else 0)
-        total += math.prod(int(size) for size in sizes.split(",") if size) * bits // 8
-    return total
+def _along(sizes: dict[str, int], parts: list[tuple[str, str, str]]) -> tuple[int, ...]:
+    """The places of a mesh that differ from the first along some axes alone, or along a part of one."""
+    places = np.arange(math.prod(sizes.values())).reshape(tuple(sizes.values()))
+    index: list[slice | int] = [0] * len(sizes)
+    for axis, before, part in parts:
+        size = sizes[axis]
+        # 'fsdp':(2)4 is the middle of three axes that 'fsdp' is made of, the first of size 2, and this one of 4.
+        step = size // (int(before) * int(part)) if part else 1
+        index[list(sizes).index(axis)] = slice(0, step * int(part) if part else size, step)
+    return tuple(np.asarray(places[tuple(index)]).reshape(-1).tolist())
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",") if number]

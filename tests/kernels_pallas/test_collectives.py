@@ -39,11 +39,30 @@ ENTRY %main (x: bf16[4,8], y: f32[32]) -> f32[4] {
 @pytest.mark.parametrize(("said", "times"), [(', backend_config={"known_trip_count":{"n":"12"}}', 12), ("", 16)])
 def test_a_program_is_read(said, times):
     gather, reduce, scatter = collectives(PROGRAM.replace("SAID", said))
-    assert gather == ("all-gather", 4 * 8 * 2, 4, times, "layer")
+    assert gather == ("all-gather", 4 * 8 * 2, 4, times, "layer", (0, 1, 2, 3))
     assert gather.moved == 64 * 3 * times
     assert (reduce.operands, reduce.devices, reduce.moved) == (128, 2, 128)
     assert (scatter.operands, scatter.devices, scatter.moved) == (128, 8, 128 * 7 / 8)
     assert totals([gather, gather])["all-gather"] == {"written": 2, "runs": 2 * times, "bytes": 2 * gather.moved}
+
+
+@pytest.mark.parametrize(
+    ("said", "group"),
+    [
+        ("replica_groups=[4,2]<=[8]", (0, 1)),
+        ("replica_groups=[4,2]<=[2,4]T(1,0)", (0, 4)),
+        ("replica_groups={{1,5},{0,4}}", (1, 5)),
+        ("replica_groups=mesh['data'=2,'fsdp'=4] {'data'}", (0, 4)),
+        ("replica_groups=mesh['fsdp'=8] {'fsdp':(2)2}", (0, 2)),
+        ("source_target_pairs={{0,3},{3,0}}", (0, 3)),
+        ("replica_groups=[4,2]", ()),
+    ],
+)
+def test_who_takes_part_is_read(said, group):
+    line = f"  %all = f32[32]{{0}} all-reduce(%y), {said}, to_apply=%add"
+    program = PROGRAM.replace("  %all = f32[32]{0} all-reduce(%y), replica_groups={{0,1},{2,3}}, to_apply=%add", line)
+    (found,) = [each for each in collectives(program.replace("SAID", "")) if each.kind == "all-reduce"]
+    assert (found.devices, found.group) == (2, group)
 
 
 def test_a_loop_of_unknown_length_is_not_guessed():

@@ -16,6 +16,7 @@ from orbax.checkpoint import v1 as ocp
 
 from efficient_lm.api import load
 from efficient_lm.config import load_run_config
+from efficient_lm.data.dataset import TextData
 from efficient_lm.errors import CheckpointError, ConfigError, DivergedError, ResourceError
 from efficient_lm.training import loop
 from efficient_lm.training.reporting import read_metrics
@@ -65,6 +66,16 @@ def whole(text, tmp_path_factory):
 
 def same(left, right):
     return all(np.array_equal(a, b) for a, b in zip(left, right, strict=True))
+
+
+def test_an_evaluation_takes_as_many_rows_at_a_time_as_a_step(text, tmp_path, monkeypatch):
+    """What has the memory for the step has it for the evaluation."""
+    asked, batches = [], TextData.validation_batches
+    monkeypatch.setattr(
+        TextData, "validation_batches", lambda self, rows, *rest: asked.append(rows) or batches(self, rows, *rest)
+    )
+    summary = run(text, tmp_path / "run", **{"train.steps": 1, "train.accumulate": 2, "train.evaluate_every": "null"})
+    assert asked == [2] and summary["val_loss"] > 0
 
 
 def test_a_run_directory_is_complete(whole):

@@ -58,7 +58,7 @@ def test_sizes_are_those_of_the_arrays(setup, drawn):
 
     grads, _ = jax.jit(jax.grad(mean_loss, has_aux=True))(state["parameters"])
     row = probe_row(model, setup.probe(state, batch))
-    after, metrics = jax.jit(setup._step())(state, batch)
+    after, metrics = jax.jit(setup.plain_step())(state, batch)
     assert float(metrics["grad_norm"]) > 0.1  # Clipped, and the sizes are of what was there before.
     squares = [value**2 for name, value in row.items() if name.startswith("grad_norm/")]
     assert np.sqrt(sum(squares)) == pytest.approx(float(metrics["grad_norm"]), rel=1e-5)

@@ -3,9 +3,9 @@
 import pytest
 
 from efficient_lm.config import load_run_config
-from efficient_lm.training.accounting import abstract_step
+from efficient_lm.training.compiling import compiled_step, defined_for
+from efficient_lm.training.machines import Machine
 from kernels_pallas import ahead
-from kernels_pallas.dispatch import preferring
 
 MEMORY = {"h200": 140e9, "v5p": 95e9}
 KERNELS = {"mamba_130m": "selective_scan", "mamba2_130m": "chunk_states", "transformer_350m": "attention"}
@@ -21,11 +21,9 @@ def test_steps_with_kernels_compile(experiment, topology):
     chips = chips if len(chips) == 64 else chips[:1]
     keys = [f"experiment={experiment}", "data=sotu", "tokenizer=bytes", "model.vocab_size=50304"]
     keys += [f"train.batch_size={8 * len(chips)}", "train.accumulate=1"]
-    config = load_run_config(keys, [])
-    layout = config.parallelism.build(list(chips))
-    step, state, batch = abstract_step(config, config.model.build(), layout)
-    with layout.active(), preferring("pallas"):
-        compiled = ahead.compile_ahead(step, (state, batch), topology, layout.mesh, donate_argnums=0)
+    keys += ["train.kernels=pallas"]
+    machine = Machine(tuple(chips), topology)
+    compiled = compiled_step(defined_for(load_run_config(keys), machine), machine)
     assert compiled.peak_bytes < MEMORY[kind]
     if kind == "h200":
         assert any(KERNELS[experiment] in kernel.name for kernel in compiled.kernels)
