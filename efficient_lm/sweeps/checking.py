@@ -174,15 +174,15 @@ def _memory(setup: Any) -> tuple[int, int | None]:
     import jax
     import psutil
 
-    from kernels_pallas.dispatch import preferring
+    from efficient_lm.training.compiling import compiled_step
+    from efficient_lm.training.machines import here
+    from kernels_pallas.ahead import TooLarge
 
     resident = _RESIDENT.setdefault("bytes", psutil.Process().memory_info().rss)
-    state = setup.abstract_state() | setup.kept_in_record({})
-    with setup.layout.active(), preferring(setup.config.train.kernels):
-        batch = setup.layout.abstract_batch(*setup.portions.largest.batch)
-        found = setup.step.lower(state, batch).compile().memory_analysis()
-    arrays = found.argument_size_in_bytes + found.temp_size_in_bytes
-    arrays += max(found.output_size_in_bytes - found.alias_size_in_bytes, 0)
+    try:
+        arrays = compiled_step(setup, here()).peak_bytes
+    except TooLarge as error:
+        arrays = error.needed
     device = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
     return arrays + (resident if device is None else 0), device
 
