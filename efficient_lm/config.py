@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -23,6 +23,7 @@ from efficient_lm.models.language_model import ModelSpec
 from efficient_lm.models.mixers.base import MixerSpec
 from efficient_lm.models.skipping.base import SkippingSpec
 from efficient_lm.objectives.base import ObjectiveSpec
+from efficient_lm.overrides import PALETTES
 from efficient_lm.private import refuse_secrets
 from efficient_lm.spec import Count, Fraction, Listing, Natural, OneOf, Positive, Real, Spec, load_plugins
 from efficient_lm.training.averaging import AverageSpec
@@ -172,6 +173,8 @@ class RunConfig(Spec):
         init_from: what the parameters begin with: a published model, a run directory or a checkpoint; None draws them.
         init_state: what is taken of it: ``parameters``, or ``all`` that a run had (optimizer, step, place in the data).
     """
+
+    groups: ClassVar[tuple[str, ...]] = (*PALETTES, "experiment")
 
     model: ModelSpec
     objective: OneOf[ObjectiveSpec]

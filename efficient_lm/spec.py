@@ -27,6 +27,9 @@ class Spec(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
+    groups: ClassVar[tuple[str, ...]] = ()
+    """What a command line may choose beside the keys: groups of configs that go into other sections."""
+
     @classmethod
     def keys(cls) -> list[str]:
         """The keys a user may write."""

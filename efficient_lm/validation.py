@@ -114,7 +114,8 @@ def _line(key: str, spec: type[Spec], values: Any, place: Path, faults: list[dic
     if "extra_forbidden" in kinds and place[-1] == "_target_":
         return f"{key}: a Python path, which is never followed; {nearest('kind', _keys(spec, values, place[:-1]))}"
     if "extra_forbidden" in kinds:
-        return f"{key}: unknown key; {nearest(place[-1], _keys(spec, values, place[:-1]))}"
+        groups = () if place[:-1] else spec.groups
+        return f"{key}: unknown key; {nearest(place[-1], [*_keys(spec, values, place[:-1]), *groups])}"
     if "missing" in kinds:
         return f"{key}: a value is needed"
     if len(faults) == 1 and not kinds & {*_WANTED, "literal_error", "too_short", "too_long"}:

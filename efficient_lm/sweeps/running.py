@@ -16,8 +16,10 @@ from typing import Any
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState
 
+from efficient_lm.errors import ConfigError, ResourceError
 from efficient_lm.sweeps.axes import as_text
 from efficient_lm.sweeps.launchers.base import UNKNOWN, Handle, Job, Launcher
+from efficient_lm.sweeps.launchers.slurm import SlurmLauncherSpec
 from efficient_lm.sweeps.outcomes import Outcome, Tail, in_use, is_complete, number, outcome, saved_step
 from efficient_lm.sweeps.plans import Plan, again
 from efficient_lm.sweeps.searches import Objective
@@ -33,6 +35,8 @@ WATCH_SECONDS = 2.0
 LOOK_SECONDS = 5.0
 """Between looks at what other processes of the sweep have done."""
 BEAT_SECONDS = 20.0
+AGAIN_SECONDS = 60.0
+"""After which a run that could not be started is tried again."""
 PATIENCE_SECONDS = 300.0
 """With a run that was asked to save and stop."""
 
@@ -77,6 +81,18 @@ class Active:
     def arm(self) -> str:
         """Its name."""
         return self.trial.user_attrs["arm"]
+
+
+def attached(launcher: Launcher, job: Job, reference: str) -> Handle | None:
+    """The run that a reference names, if it lives; one in the queue of SLURM whatever launcher the sweep has now."""
+    handle = launcher.attach(job, reference)
+    if handle is not None or not reference.startswith("slurm "):
+        return handle
+    try:
+        return SlurmLauncherSpec().build().attach(job, reference)
+    except ConfigError:
+        log.warning("%s: may wait in a queue as %s, and no SLURM is here to be asked", job.name, reference)
+        return None
 
 
 class Runner:
@@ -200,7 +216,7 @@ class Runner:
             self.study.release(name)
             return False
         if trial is not None and not trial.state.is_finished():
-            handle = self.launcher.attach(self._job(trial), reference) if reference else None
+            handle = attached(self.launcher, self._job(trial), reference) if reference else None
             if handle is not None:
                 log.info("%s: still running", name)
                 self._follow_from_now(trial, handle)
@@ -229,7 +245,16 @@ class Runner:
     def _launch(self, trial: FrozenTrial) -> None:
         job = self._job(trial)
         job.directory.mkdir(parents=True, exist_ok=True)
-        handle = self.launcher.submit(job)
+        try:
+            handle = self.launcher.submit(job)
+        except ResourceError as error:
+            if not self._active:
+                raise
+            # A full queue or disk: what runs makes room.
+            log.warning("%s; tried again in %d s", error, AGAIN_SECONDS)
+            self._not_before[job.name] = time.monotonic() + AGAIN_SECONDS
+            self._leave(job.name)
+            return
         self.study.note(job.name, handle.reference)
         self._follow_from_now(trial, handle)
 

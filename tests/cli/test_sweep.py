@@ -48,7 +48,7 @@ def refused(run, on_numbers, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (["mixr=attention,gla"], "mixr: unknown key; valid: data,"),
+        (["mixr=attention,gla"], "mixr: unknown key; did you mean 'mixer'"),
         (["mixer=attention,glaa"], "glaa: mixer=glaa: no such config; did you mean 'gla'"),
         (["mixer=attention,"], "mixer=attention,: an empty choice"),
         (["axes={mixer: []}"], "axes.mixer: an empty choice"),

@@ -8,6 +8,7 @@ import yaml
 
 from efficient_lm.errors import ConfigError, ResourceError
 from efficient_lm.sweeps.checking import Checked, Known
+from efficient_lm.sweeps.launchers.local import LocalLauncher
 from efficient_lm.sweeps.searches import Objective
 from efficient_lm.sweeps.table import lines
 
@@ -120,6 +121,25 @@ def test_the_budget_and_the_group_of_a_tracker_reach_the_run(sweep, stubbed, mon
     assert "width" in capsys.readouterr().out
     written = json.loads((tmp_path / "sweep/runs/loss_3/config.yaml").read_text())
     assert "+tracker.group=mine" in written["overrides"]
+
+
+def test_a_run_that_cannot_be_started_waits_while_others_run(sweep, stubbed, monkeypatch, caplog):
+    submit, refused = LocalLauncher.submit, []
+
+    def full(launcher, job):
+        if job.name == "loss_2" and not refused:
+            refused.append(job.name)
+            raise ResourceError("loss_2: cannot be submitted: the queue is full")
+        return submit(launcher, job)
+
+    monkeypatch.setattr(stubbed.running, "AGAIN_SECONDS", 0.05)
+    monkeypatch.setattr(LocalLauncher, "submit", full)
+    result = sweep("loss=3,2", "launcher.concurrent=2")
+    assert [row.state for row in result.rows] == ["finished"] * 2 and refused
+    assert "the queue is full; tried again" in caplog.text
+    refused.clear()
+    with pytest.raises(ResourceError, match="the queue is full"):
+        sweep("loss=2,3", "seeds=1", "name=other", f"dir={result.folder}.other")
 
 
 def test_a_figure_that_no_run_has_fails_them(sweep):

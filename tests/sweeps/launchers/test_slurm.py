@@ -12,7 +12,9 @@ from efficient_lm.errors import ConfigError, ResourceError
 from efficient_lm.sweeps.config import read_sweep
 from efficient_lm.sweeps.launchers import remote, slurm
 from efficient_lm.sweeps.launchers.base import UNKNOWN, Job
+from efficient_lm.sweeps.launchers.local import LocalLauncher
 from efficient_lm.sweeps.launchers.slurm import SlurmLauncherSpec, folder_of, status_of
+from efficient_lm.sweeps.running import attached
 
 COMMANDS = {
     "sbatch": 'grep -q reject "$1" && { echo "sbatch: error: QOSMaxSubmitJobPerUserLimit" >&2; exit 1; }; '
@@ -153,6 +155,17 @@ def test_a_job_is_found_again_by_its_number(cluster, job):
     assert again.poll() == 0 and launcher.room(one)
     for other in ("", "machine 12 1.5", "ray one", "slurm", "slurm x"):
         assert launcher.attach(one, other) is None
+
+
+def test_a_sweep_that_goes_on_with_another_launcher_finds_what_waits_in_the_queue(cluster, job, monkeypatch, caplog):
+    one, here = job(), LocalLauncher(1, None)
+    reference = SlurmLauncherSpec().build().submit(one).reference
+    found = attached(here, one, reference)
+    assert found.reference == reference and found.poll() is None
+    status_of(folder_of(one), "7").write_text("0\n")
+    assert found.poll() == 0
+    monkeypatch.setenv("PATH", str(cluster.parent))
+    assert attached(here, one, reference) is None and "may wait in a queue as slurm 7" in caplog.text
 
 
 def test_a_run_is_asked_to_save_first_and_then_made_to_stop(cluster, job):
