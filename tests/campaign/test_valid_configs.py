@@ -152,6 +152,7 @@ def test_random_valid_configs_are_built(places, text, tmp_path):
         assert setup.abstract_state()["parameters"]
 
 
+@pytest.mark.slow
 def test_random_valid_configs_run_a_step(places, drawn, text, tmp_path):
     assert campaign(range(FAST), places, drawn, text, tmp_path / "run") == []
     assert not (tmp_path / "run").exists()

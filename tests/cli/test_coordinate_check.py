@@ -73,6 +73,7 @@ def trained(on_numbers, tmp_path_factory):
     return folder, keys
 
 
+@pytest.mark.slow
 def test_a_model_trained_with_mup_keeps_its_function(run, trained, tmp_path):
     """Loaded, saved, resumed, begun with and cut: its factors are its own, and applied once."""
     folder, keys = trained

@@ -75,6 +75,7 @@ def test_upcycled_models_compute_what_they_did(folder, run):
     assert layers[0].ffn.kind == "swiglu" and (layers[1].ffn.expert.hidden, layers[1].ffn.shared.hidden) == (3, 4)
 
 
+@pytest.mark.slow
 def test_experts_merge_and_drop(trained, run):
     merged, alone = trained / "merged", trained / "alone"
     status, out, err = run("merge", f"checkpoints=[{trained / 'law'},{trained / 'code'}]", f"output={merged}")

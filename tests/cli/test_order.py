@@ -18,6 +18,7 @@ def down(model):
     return np.asarray(model.params["stack"]["segment_0"]["layer_0"]["ffn"]["inner"]["down"]["weight"])
 
 
+@pytest.mark.slow
 def test_the_most_active_units_are_extracted(run, plain, numbers, tmp_path):
     model, found = elm.load(plain), {}
     for name, keys in {"left_out": [], "active": ["order=activation"], "first": ["order=none"]}.items():

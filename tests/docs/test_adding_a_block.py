@@ -53,7 +53,7 @@ def in_copy(project, command):
 COMMANDS = re.search(r"```sh\n(.*?)```", PAGE, re.DOTALL)[1].strip().splitlines()
 
 
-@pytest.mark.quick_for("efficient-lm plan")
+@pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: " ".join(command.split()[:2]))
 def test_every_command_of_the_page_works(project, command):
     done = in_copy(project, command)

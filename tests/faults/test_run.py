@@ -79,7 +79,7 @@ def test_a_signal_puts_an_evaluation_off(train, curve, tmp_path, monkeypatch):
     assert curve(folder) == curve(tmp_path / "whole") and len(calls) == 4
 
 
-@pytest.mark.parametrize("step", [1, 5])
+@pytest.mark.parametrize("step", [1, pytest.param(5, marks=pytest.mark.slow)])
 def test_a_signal_while_something_else_is_done(train, curve, whole, tmp_path, at_step, step):
     """In the first step, after compiling; and between two checkpoints."""
     at_step(step, lambda: request(signal.SIGINT))

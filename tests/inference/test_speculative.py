@@ -160,7 +160,7 @@ def excess(counts, chances):
     return (np.sum((seen - wanted) ** 2 / wanted) - freedom) / np.sqrt(2 * freedom)
 
 
-@pytest.mark.quick_for("sizes")
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mixer", "parts", "sampling"),
     [

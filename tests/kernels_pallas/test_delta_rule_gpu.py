@@ -62,6 +62,7 @@ def test_packed_documents_with_a_decay_per_head(results, error, without_races):
     assert within_bounds(found), found
 
 
+@pytest.mark.slow
 def test_a_decay_per_channel(results, error, without_races):
     values, random = draw(heads=1, time=70)
     values["log_decay"] = log_decays(random, 1, 70, 1, 64)

@@ -43,6 +43,7 @@ def config(tmp_path):
     return make
 
 
+@pytest.mark.slow
 def test_a_run_keeps_it_resumes_it_and_scores_it(tmp_path, config):
     averaged = ("train.average.decay=0.5", "optimizer=schedule_free_adamw", "schedule=constant")
     one = train(config("one", *averaged))

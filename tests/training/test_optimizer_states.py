@@ -156,6 +156,7 @@ def test_targets_are_drawn_from_the_model():
     assert np.sqrt(np.mean((found - odds) ** 2)) < 1.5 * np.sqrt(np.mean(odds * (1 - odds)) / 40)
 
 
+@pytest.mark.slow
 def test_sophia_is_given_the_curvature_of_the_batch():
     """Squared gradients of drawn targets times the tokens they are a mean of, whatever the micro-batches."""
     optimizer = SophiaSpec(interval=2).build(lambda step: 1e-3, MODEL.declarations)

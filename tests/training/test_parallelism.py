@@ -26,7 +26,7 @@ def equal(on_devices, preset, models):
 
 
 def test_ten_steps_of_a_preset(on_devices):
-    assert equal(on_devices, "context", ["hybrid"])
+    assert equal(on_devices, "fsdp_tensor", ["transformer"])
 
 
 @pytest.mark.slow

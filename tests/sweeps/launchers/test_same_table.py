@@ -27,7 +27,7 @@ def cluster(request):
     return HERE[request.param]
 
 
-@pytest.mark.quick_for("submitit")
+@pytest.mark.slow
 @pytest.mark.parametrize("cluster", HERE, indirect=True)
 def test_stub_runs(cluster, stubbed, table, tmp_path, monkeypatch):
     # What the stub changes is put back.
