@@ -174,7 +174,7 @@ class RunConfig(Spec):
         init_state: what is taken of it: ``parameters``, or ``all`` that a run had (optimizer, step, place in the data).
     """
 
-    groups: ClassVar[tuple[str, ...]] = (*PALETTES, "experiment")
+    composed_groups: ClassVar[tuple[str, ...]] = (*PALETTES, "experiment")
 
     model: ModelSpec
     objective: OneOf[ObjectiveSpec]

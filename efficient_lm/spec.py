@@ -27,7 +27,7 @@ class Spec(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    groups: ClassVar[tuple[str, ...]] = ()
+    composed_groups: ClassVar[tuple[str, ...]] = ()
     """What a command line may choose beside the keys: groups of configs that go into other sections."""
 
     @classmethod

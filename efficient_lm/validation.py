@@ -114,7 +114,7 @@ def _line(key: str, spec: type[Spec], values: Any, place: Path, faults: list[dic
     if "extra_forbidden" in kinds and place[-1] == "_target_":
         return f"{key}: a Python path, which is never followed; {nearest('kind', _keys(spec, values, place[:-1]))}"
     if "extra_forbidden" in kinds:
-        groups = () if place[:-1] else spec.groups
+        groups = () if place[:-1] else spec.composed_groups
         return f"{key}: unknown key; {nearest(place[-1], [*_keys(spec, values, place[:-1]), *groups])}"
     if "missing" in kinds:
         return f"{key}: a value is needed"
