@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from efficient_lm.composition import ConfigRoots, builtin_configs, compose, read_yaml, to_yaml
+from efficient_lm.config import PlanConfig
 from efficient_lm.errors import ConfigError
 
 
@@ -173,7 +174,8 @@ def test_folders_of_a_user(tmp_path):
 
 def test_plan_takes_what_train_takes():
     planned = compose("plan", ["ffn=mlp"]).values
-    assert {key: planned.pop(key) for key in ("devices", "shardings")} == {"devices": None, "shardings": None}
+    own = {key: planned.pop(key) for key in PlanConfig.keys()}
+    assert own == PlanConfig().dump()
     assert planned == compose("train", ["ffn=mlp"]).values
     assert ConfigRoots().defaults("plan") == ConfigRoots().defaults("train")
 

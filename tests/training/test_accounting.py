@@ -42,7 +42,8 @@ def test_the_step_is_the_one_that_trains():
     keys = ["nesting=sample", "train.accumulate=2", "train.average.decay=0.9", "train.spike.action=skip"]
     keys += ["train.sequence_schedule=[{until: 4, size: 8}]", "optimizer=muon"]
     defined = define(load_run_config([*SMALL, *keys]))
-    state = defined.abstract_state() | defined.config.train.spike.resumed({})
+    spikes = jax.device_put(defined.config.train.spike.resumed({}), defined.layout.replicated)
+    state = defined.abstract_state() | spikes
     lowered = defined.step.lower(state, defined.layout.abstract_batch(*defined.portions.largest.batch))
     planned = compiled_step(defined, here())
     assert planned.program.as_text() == lowered.compile().as_text()

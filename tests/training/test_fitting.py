@@ -65,6 +65,7 @@ def test_micro_batches_are_what_makes_a_step_fit(peaks):
     assert found == (("train.accumulate=4",), limit)
 
 
+@pytest.mark.slow
 def test_recomputing_is_tried_where_rows_cannot_be_fewer(peaks):
     few = ["train.batch_size=1", "train.sequence_length=256", "model.repeats=8", "model.remat=none"]
     limit = peaks(*few[:3], "model.remat=full")
