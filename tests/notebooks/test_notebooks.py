@@ -1,4 +1,4 @@
-"""Every notebook runs from its first cell to its last, in an empty folder, in under five minutes, and draws something."""
+"""Every notebook runs in an empty folder from its first cell to its last, and draws something."""
 
 import os
 import sys

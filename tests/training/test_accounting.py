@@ -1,5 +1,7 @@
 """What a plan says, against counts by hand."""
 
+import re
+
 import jax
 import pytest
 
@@ -37,8 +39,14 @@ def test_a_small_model_by_hand():
     assert time["terms"][0]["amount"] >= figures["flops_per_step"] and figures["collectives"] == {}
 
 
+def operations(program):
+    """What a compiled program does, line by line, without the numbers of names and where that was written."""
+    text = re.sub(r", metadata=\{[^}]*\}|(?<=\w)\.\d+(?=[ ,)])", "", program.as_text())
+    return [line for line in text.splitlines() if " = " in line]
+
+
 def test_the_step_is_the_one_that_trains():
-    """With all that a step may carry: what a run compiles has these bytes, to the last."""
+    """With all that a step may carry: what a run compiles has these operations, to the last."""
     keys = ["nesting=sample", "train.accumulate=2", "train.average.decay=0.9", "train.spike.action=skip"]
     keys += ["train.sequence_schedule=[{until: 4, size: 8}]", "optimizer=muon"]
     defined = define(load_run_config([*SMALL, *keys]))
@@ -46,7 +54,7 @@ def test_the_step_is_the_one_that_trains():
     state = defined.abstract_state() | spikes
     lowered = defined.step.lower(state, defined.layout.abstract_batch(*defined.portions.largest.batch))
     planned = compiled_step(defined, here())
-    assert planned.program.as_text() == lowered.compile().as_text()
+    assert operations(planned.program) == operations(lowered.compile())
 
 
 def test_where_parameters_live_is_counted_for_one_device():
@@ -80,7 +88,7 @@ def test_the_large_experiments_have_their_size(name, millions):
     from efficient_lm.models.parameters import count_parameters
     from efficient_lm.validation import validate
 
-    values = compose("plan", [f"experiment={name}"], optional=("data", "tokenizer")).values
+    values = compose("train", [f"experiment={name}"], optional=("data", "tokenizer")).values
     values |= {"data": {"source": {"kind": "sotu"}}, "tokenizer": {"kind": "bytes"}}
     model = validate(RunConfig, values).model.build()
     assert count_parameters(model.declarations) / 1e6 == pytest.approx(millions, rel=0.05)
