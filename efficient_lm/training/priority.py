@@ -5,8 +5,8 @@ import os
 import sys
 from pathlib import Path
 
-NICENESS = 15
-"""Added to that of the process: such a thread has about a thirtieth of a processor that a step wants whole."""
+NICENESS = 19
+"""Added to that of the process: such a thread has about a seventieth of a processor that a step wants whole."""
 
 OF_TENSORSTORE = "ts_pool"
 """How the names of the threads begin that TensorStore starts for itself, and keeps for a while."""
