@@ -39,5 +39,5 @@ def run(overrides: Sequence[str], options: Options) -> None:
     names = [Path(name).absolute().name if Path(name).exists() else name for name in config.named]
     title = config.title or ", ".join(names[:3]) + (" and others" if len(names) > 3 else "")
     files = report(sources, output, title)
-    size = files[0].stat().st_size / 1e6
-    print(f"{len(sources.runs)} runs: {files[0]} ({size:.1f} MB), {files[1].name}, {len(files) - 2} pictures")
+    size, others = files[0].stat().st_size / 1e6, ", ".join(file.name for file in files[1:3])
+    print(f"{len(sources.runs)} runs: {files[0]} ({size:.1f} MB), {others}, {len(files) - 3} pictures")

@@ -1,5 +1,6 @@
 """Tables that can be sorted by any column, and say what they are to those who do not see them."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -81,6 +82,21 @@ def laid(table: Table) -> str:
         f'<table id="{name}" aria-labelledby="{name}-caption"><thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n'
         f'</tbody></table></div><p class="note" id="{name}-caption">{escaped(table.caption)}</p></div>'
     )
+
+
+def as_markdown(table: Table) -> str:
+    """The table for a page of a repository: what stands out is bold, and links are left out."""
+    lines = [
+        [column.title for column in table.columns],
+        ["---:" if column.number else "---" for column in table.columns],
+        *([_plain(cell) for cell in row] for row in table.rows),
+    ]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def _plain(cell: Cell) -> str:
+    text = re.sub(r"([\\|*_`<>])", r"\\\1", cell.text)
+    return (f"**{text}**" if cell.marked else text) + (f" ({cell.note})" if cell.note else "")
 
 
 def _heading(column: Column) -> str:

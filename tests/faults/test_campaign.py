@@ -107,7 +107,7 @@ def test_many_kills_and_restarts_end_like_an_undisturbed_run(overrides, curve, t
     print(f"\nFAULT_SEED={seed} FAULT_KILLS={kills} FAULT_PROCESSES={processes}")
     options = {
         "train.steps": STEPS, "train.checkpoint_every": EVERY, "train.evaluate_every": 50, "train.batch_size": 64,
-        "train.sequence_length": 128, "model.width": 64, "train.keep_checkpoints": 2,
+        "train.sequence_length": 128, "model.width": 64, "train.keep_checkpoints": 2, "train.start_timeout": 60,
     }  # fmt: skip
     arguments = overrides("unused", **options)
     whole, folder = tmp_path / "whole", tmp_path / "killed"

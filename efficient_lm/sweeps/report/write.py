@@ -11,7 +11,7 @@ from efficient_lm.errors import ResourceError, storage_fault
 from efficient_lm.pages.chart import Chart, Measure, drawn
 from efficient_lm.pages.page import contents, escaped, heading_of, page, paragraph, section, tiles
 from efficient_lm.pages.picture import picture
-from efficient_lm.pages.table import Table, laid
+from efficient_lm.pages.table import Table, as_markdown, laid
 from efficient_lm.sweeps.report import charts, tables
 from efficient_lm.sweeps.report.arms import Arms, arms_of
 from efficient_lm.sweeps.report.charts import counted
@@ -20,7 +20,7 @@ from efficient_lm.sweeps.report.runs import ENDED, Run, read_all
 from efficient_lm.sweeps.report.sources import Sources
 from efficient_lm.training.reporting import write_atomically
 
-PAGE, CSV = "report.html", "runs.csv"
+PAGE, CSV, MARKDOWN = "report.html", "runs.csv", "report.md"
 SIZES = 4
 """Of a family, from which on there may be IsoFLOP profiles."""
 PICTURED = ("parameters", "training_flops_per_token", "flops_per_token", "latency_ms", "cache_bytes")
@@ -53,7 +53,7 @@ def report(sources: Sources, output: Path, title: str) -> list[Path]:
     """Write the report of runs into a folder.
 
     Returns:
-        The files: `report.html`, `runs.csv`, and a PNG for each chart there is something for.
+        The files: `report.html`, `runs.csv`, `report.md`, and a PNG for each chart there is something for.
 
     Raises:
         ResourceError: the folder cannot be made or written.
@@ -76,7 +76,14 @@ def report(sources: Sources, output: Path, title: str) -> list[Path]:
     # Names of folders may hold bytes that are no text.
     write_atomically(output / PAGE, text.encode("utf-8", "replace"))
     write_atomically(output / CSV, _csv(runs, output).encode("utf-8", "replace"))
-    return [output / PAGE, output / CSV, *pictures]
+    write_atomically(output / MARKDOWN, _markdown(title, arm_rows, pictures).encode("utf-8", "replace"))
+    return [output / PAGE, output / CSV, output / MARKDOWN, *pictures]
+
+
+def _markdown(title: str, arms: Table, pictures: Sequence[Path]) -> str:
+    """The table of arms and the pictures, for a page of a repository."""
+    drawn_here = "\n".join(f"![{path.stem.replace('_', ' ')}]({path.name})\n" for path in pictures)
+    return f"# {escaped(title)}\n\n{as_markdown(arms)}\n{escaped(arms.caption)}\n\n{drawn_here}"
 
 
 def _isoflop(arms: Arms, ids: dict[str, str]) -> list[Chart]:
@@ -163,7 +170,8 @@ def _long(seconds: float) -> str:
 
 def _about(sources: Sources, output: Path, pictures: Sequence[Path]) -> str:
     links = "".join(
-        f'<li><a href="{escaped(file.name)}">{escaped(file.name)}</a></li>' for file in (output / CSV, *pictures)
+        f'<li><a href="{escaped(file.name)}">{escaped(file.name)}</a></li>'
+        for file in (output / CSV, output / MARKDOWN, *pictures)
     )
     now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
     read_from = ", ".join(str(folder) for folder in sources.folders[:8])

@@ -57,8 +57,8 @@ def undrawn(monkeypatch):
 def test_a_report_of_a_sweep(grid, tmp_path):
     files = report(find([str(grid)]), grid / "report", "A sweep")
     page = files[0].read_text()
-    assert [file.name for file in files[:2]] == ["report.html", "runs.csv"] and "<h1>A sweep</h1>" in page
-    pictures = {file.name for file in files[2:]}
+    assert [file.name for file in files[:3]] == ["report.html", "runs.csv", "report.md"] and "<h1>A sweep</h1>" in page
+    pictures = {file.name for file in files[3:]}
     assert pictures <= {f"{chart}_{name}.png" for chart, names in write.DRAWN.items() for name in names}
     assert pictures == {"losses_tokens.png", "losses_flops.png", "losses_seconds.png", "envelopes_tokens.png",
                         "rates_learning_rate.png"}  # fmt: skip
@@ -71,6 +71,10 @@ def test_a_report_of_a_sweep(grid, tmp_path):
     assert [row["state"] for row in csv.DictReader(files[1].open())] == ["finished"] * 8 + ["failed"]
 
     asks_for_nothing(page, grid / "report")
+    lines = files[2].read_text().splitlines()
+    assert lines[0] == "# A sweep" and lines[2].startswith("| arm | best learning rate | seeds | ")
+    assert lines[4].startswith("| attention | 0.001 | 2 | ") and "| **3.1500** (3.1000 to 3.2000) |" in lines[4]
+    assert {f"![{name[:-4].replace('_', ' ')}]({name})" for name in pictures} <= set(lines)
 
 
 def asks_for_nothing(page, folder):
