@@ -33,7 +33,7 @@ def console() -> rich.console.Console:
 def plan_table(arms: Sequence[Arm], checked: Sequence[Checked], keys: Sequence[str]) -> Table:
     """What will run, a line for each arm without its seeds."""
     columns = list(dict.fromkeys(name for each in checked for name in each.known.columns))
-    figures = list(dict.fromkeys(name for each in checked for name in each.figures))
+    figures = list(dict.fromkeys(name for each in checked for name in each.figures if name not in columns))
     memory = any(each.known.memory_bytes is not None for each in checked)
     table = _table("", keys, [*columns, *figures, *(["memory"] if memory else [])])
     for place, (arm, each) in enumerate(zip(arms, checked, strict=True), start=1):

@@ -141,6 +141,8 @@ def shown(value: Any, name: str = "") -> str:
     """A value for people; counts with their thousands, large ones by their size."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return "" if value is None else str(value)
+    if name == "deviation":
+        return f"{value:+.2%}"
     if name.endswith("seconds"):
         return f"{value:,.1f}"
     if "flops" in name or abs(value) >= 1e9:
