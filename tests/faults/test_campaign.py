@@ -96,8 +96,12 @@ class Campaign:
 
 
 def state(folder):
-    items = ocp.load_checkpointables(folder / "checkpoints" / str(STEPS))
-    return jax.tree.leaves({name: items[name] for name in ("parameters", "optimizer")})
+    """Parameters and optimizer at the end, wherever the devices are that they were saved from."""
+    where, here = folder / "checkpoints" / str(STEPS), jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    saved = ocp.checkpointables_metadata(where).metadata
+    wanted = {name: saved[name] for name in ("parameters", "optimizer")}
+    placed = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), wanted)
+    return jax.tree.leaves(ocp.load_checkpointables(where, placed))
 
 
 @pytest.mark.faults
