@@ -41,10 +41,10 @@ def run(overrides: Sequence[str], options: Options) -> None:
     """Count what the config that `overrides` compose would cost; `ResourceError` if the machine has not the memory."""
     asked, config = _configs(overrides, options)
 
-    from efficient_lm.cli.plan_table import lines
     from efficient_lm.training.accounting import plan
     from efficient_lm.training.fitting import largest_batch, with_fitting_accumulate
     from efficient_lm.training.machines import machine
+    from efficient_lm.training.plan_table import lines
     from efficient_lm.training.setup import with_vocabulary
 
     where = machine(asked.target, asked.topology, asked.devices)
@@ -80,8 +80,8 @@ def _configs(overrides: Sequence[str], options: Options) -> "tuple[PlanConfig, R
 
 def _check_memory(config: "RunConfig", figures: dict[str, Any], where: "Machine") -> None:
     """Refuse what does not fit, with the smallest change that would do. Raises `ResourceError`."""
-    from efficient_lm.cli.plan_table import size
     from efficient_lm.training.fitting import remedy
+    from efficient_lm.training.plan_table import size
 
     sizes = figures["bytes"]
     if where.memory is None or sizes["peak"] <= where.memory:

@@ -31,6 +31,7 @@ def checkpoint(model, tmp_path_factory):
     return model.save(tmp_path_factory.mktemp("runs") / "tiny")
 
 
+@pytest.mark.slow
 def test_generate_says_what_it_computed(checkpoint, run, caplog):
     options = [f"checkpoint={checkpoint}", "prompt=In war", "max_new_tokens=6", "stop_at_end=false"]
     with caplog.at_level(logging.INFO):

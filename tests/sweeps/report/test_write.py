@@ -118,7 +118,7 @@ def test_half_written_runs_are_reported_as_such(made_run, tmp_path, undrawn):
         "no config.yaml; neither metrics.jsonl nor summary.json: nothing was trained here, or it was killed early"
     )
     nothing = report(find([str(tmp_path / "bare")]), tmp_path / "other", "x")
-    assert len(nothing) == 2 and "no config.yaml" in nothing[0].read_text()
+    assert len(nothing) == 3 and "no config.yaml" in nothing[0].read_text()
 
 
 def test_pictures_of_an_earlier_report_go(grid, undrawn):
