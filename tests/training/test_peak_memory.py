@@ -29,7 +29,8 @@ config = load_run_config(sys.argv[1:])
 predicted = peak_bytes(config)
 setup = prepare(config)
 with setup.layout.active():
-    # Compiled first: a compiler takes memory of its own, and gives it back.
+    # Compiled first, what makes the state too: a compiler takes memory of its own, and gives it back.
+    jax.block_until_ready(setup.fresh_state())
     shapes = setup.abstract_state(), setup.layout.abstract_batch(*setup.portions.largest.batch)
     step = setup.step.lower(*shapes).compile()
     batches = setup.portions.batches(setup.data, 0, *setup.layout.part)
