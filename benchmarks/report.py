@@ -1,7 +1,7 @@
 """How long a report of many runs takes, and how large its page is.
 
     python benchmarks/report.py --runs 200 --rows 1000 --output benchmarks/results/report_cpu.json
-    python benchmarks/report.py --keep /tmp/sweep          # leave the made-up sweep and its report there, to look at
+    python benchmarks/report.py --keep made_up             # leave the made-up sweep and its report there, to look at
 
 A sweep of made-up runs is written first: 5 mixers × 2 channel mixers × 5 learning rates, and as many seeds as it takes,
 each with the config that `train` would compose, so many rows of metrics, and a summary. What is timed is the command

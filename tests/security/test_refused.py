@@ -26,16 +26,16 @@ VERBS = itertools.cycle([
 """What reads a model; each malicious file goes through the next of them."""
 
 
-def refused(run, source, status, said):
-    """That a verb and the Python interface refuse a model alike, and leave nothing."""
+def refusal(run, source, status):
+    """What a verb says of a model that it and the Python interface refuse alike, leaving nothing."""
     out = Path(source).parent / "out"
     arguments = [argument.format(source, out) for argument in next(VERBS)]
     found, _, message = run(*arguments)
     assert (found, len(message.splitlines())) == (status, 1), f"{arguments[0]}: {message}"
-    assert said in message, f"{arguments[0]}: {message}"
     with pytest.raises({2: ConfigError, 3: DataError, 4: CheckpointError}[status]):
         elm.load(source)
     assert not out.exists()
+    return message
 
 
 def torch_archive(payload):
@@ -49,14 +49,16 @@ def torch_archive(payload):
 def test_pickles_in_a_folder_are_refused_by_a_name_for_what_is_safe(run, published, payload, canary, name):
     (published / "model.safetensors").unlink()
     (published / name).write_bytes(torch_archive(payload))
-    refused(run, published, 4, "a pickle, which can run code when it is read: refused; save the model once more")
+    assert "a pickle, which can run code when it is read: refused; save the model once more" in refusal(
+        run, published, 4
+    )
     assert not canary.exists()
 
 
 @pytest.mark.parametrize("name", ["model.pt", "model.pkl", "model.gguf"])
 def test_pickles_by_themselves_are_refused(run, tmp_path, payload, canary, name):
     (tmp_path / name).write_bytes(payload)
-    refused(run, tmp_path / name, 4, "as safetensors")
+    assert "as safetensors" in refusal(run, tmp_path / name, 4)
     for read in (elm.from_hf, elm.from_gguf):
         with pytest.raises(UserError):
             read(tmp_path / name)
@@ -67,14 +69,14 @@ def test_pickles_by_themselves_are_refused(run, tmp_path, payload, canary, name)
 def test_shards_are_files_of_the_folder(run, published, name):
     (published.parent / "stolen.safetensors").write_bytes((published / "model.safetensors").read_bytes())
     (published / INDEX).write_text(json.dumps({"weight_map": {"model.norm.weight": name}}))
-    refused(run, published, 4, "is no name of a file beside it; paths are not followed")
+    assert "is no name of a file beside it; paths are not followed" in refusal(run, published, 4)
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"])
 def test_links_out_of_the_folder_are_not_followed(run, published, name):
     outside = (published / name).rename(published.parent / f"private_{name}")
     (published / name).symlink_to(outside)
-    refused(run, published, 3 if name.startswith("tokenizer") else 4, "a link that leads out of its folder")
+    assert "a link that leads out of its folder" in refusal(run, published, 3 if name.startswith("tokenizer") else 4)
 
 
 def test_a_snapshot_of_hugging_faces_cache_is_all_links(published):
@@ -123,7 +125,7 @@ def edited(folder, old, new):
 )
 def test_a_runs_config_is_data(run, downloaded, canary, new, said):
     edited(downloaded, "seed: 0", new.replace("CANARY", str(canary)))
-    refused(run, downloaded, 4, said)
+    assert said in refusal(run, downloaded, 4)
     assert not canary.exists()
 
 
@@ -168,7 +170,7 @@ def test_a_header_whose_length_looks_like_a_pickle_is_none(tmp_path, length):
 )  # fmt: skip
 def test_headers_of_safetensors_that_lie(run, published, content):
     (published / "model.safetensors").write_bytes(content)
-    refused(run, published, 4, "model.safetensors: truncated or not safetensors")
+    assert "model.safetensors: truncated or not safetensors" in refusal(run, published, 4)
 
 
 @pytest.mark.parametrize(
@@ -202,9 +204,9 @@ def test_tokenizers_that_lie(run, published, spoil, said):
     described = json.loads((published / "tokenizer.json").read_text())
     spoil(described)
     (published / "tokenizer.json").write_text(json.dumps(described))
-    refused(run, published, 3, said)
+    assert said in refusal(run, published, 3)
     (published / "tokenizer.json").write_text('{"a":' + "[" * 100_000)
-    refused(run, published, 3, "nested too deeply")
+    assert "nested too deeply" in refusal(run, published, 3)
 
 
 def gguf(keys=0, tensors=0, rest=b""):
@@ -227,7 +229,7 @@ def text(value):
 def test_headers_of_gguf_that_lie(run, tmp_path, content):
     path = tmp_path / "model.gguf"
     path.write_bytes(content)
-    refused(run, path, 4, "model.gguf: ")
+    assert "model.gguf: " in refusal(run, path, 4)
     with pytest.raises(CheckpointError):
         elm.from_gguf(path)
 
@@ -240,7 +242,7 @@ def test_a_sparse_gguf_of_many_gigabytes_is_refused_by_its_header(tmp_path):
         elm.from_gguf(path)
 
 
-@pytest.mark.parametrize("name", ["../x", "a/b", "..", "/tmp/x", "a\\b"])
+@pytest.mark.parametrize("name", ["../x", "a/b", "..", "/x", "a\\b"])
 def test_the_name_of_a_run_is_no_path(run, tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     status, _, said = run("train", f"run.name='{name}'", "train.steps=1")

@@ -129,6 +129,7 @@ def test_nobody_has_to_read_what_a_run_prints(monkeypatch):
         patch.setattr("sys.stdout", gone)
         console = Console(10)
         console.show({"step": 1, "loss": 2.0})
+        assert console._console.quiet, "what nobody reads is not printed again"
         console.show({"step": 2, "loss": 2.0})
         console.close()
         # What nobody took is not tried again when the file is closed.
