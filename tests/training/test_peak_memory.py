@@ -25,20 +25,25 @@ def resident(line):
     return 1024 * int(status.split(line + ":")[1].split()[0])
 
 
+def give_back():
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
 config = load_run_config(sys.argv[1:])
 predicted = peak_bytes(config)
 setup = prepare(config)
 with setup.layout.active():
-    # Compiled first, what makes the state too: a compiler takes memory of its own, and gives it back.
+    # Compiled first, what makes the state too: a compiler takes memory of its own.
     jax.block_until_ready(setup.fresh_state())
     shapes = setup.abstract_state(), setup.layout.abstract_batch(*setup.portions.largest.batch)
     step = setup.step.lower(*shapes).compile()
     batches = setup.portions.batches(setup.data, 0, *setup.layout.part)
     batch = trained_on(next(batches))
-    gc.collect()
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    give_back()
     before = resident("VmRSS")
     state = jax.block_until_ready(setup.fresh_state())
+    give_back()  # the initializers' temporaries: freed, and kept by malloc beside what the step takes
     Path("/proc/self/clear_refs").write_text("5")  # from here on the highest is counted anew
     for _ in range(3):
         state, metrics = jax.block_until_ready(step(state, setup.layout.batch(batch)))
