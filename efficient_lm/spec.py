@@ -9,7 +9,7 @@ that comes with a downloaded checkpoint cannot run code.
 import importlib
 import math
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib.metadata import entry_points
 from typing import Annotated, Any, ClassVar, TypeVar, get_args
 
@@ -38,6 +38,16 @@ class Spec(BaseModel):
     def dump(self) -> dict[str, Any]:
         """Plain dicts, lists and scalars, as written to `config.yaml`; validating them gives the spec back."""
         return self.model_dump(mode="json", by_alias=True, serialize_as_any=True)
+
+    def within(self, key: str) -> Iterator[tuple[str, "Spec"]]:
+        """This spec and all those inside of it, each with its dotted key; `key` is its own."""
+        yield key, self
+        for name, field in type(self).model_fields.items():
+            value, name = getattr(self, name), f"{key}.{field.alias or name}"
+            parts = {f"{name}.{inner}": part for inner, part in value.items()} if isinstance(value, Mapping) else {}
+            for inner, part in (parts or {name: value}).items():
+                if isinstance(part, Spec):
+                    yield from part.within(inner)
 
     def at(self, index: int, count: int) -> "Spec":
         """The spec of occurrence `index` of `count`, with every value that varies with depth replaced by its own.

@@ -32,10 +32,8 @@ def compiled_step(defined: Definition, machine: Machine, batch: tuple[int, int] 
     Raises:
         TooLarge: the compiler refuses, as it does for TPUs; for others see `Compiled.peak_bytes`.
     """
-    layout, options = defined.layout, defined.step_options
-    state = defined.abstract_state() | _placed(defined.config.train.spike.resumed({}), layout)
-    arguments = state, layout.abstract_batch(*(batch or defined.portions.largest.batch))
-    return _compiled(machine, layout, defined.config.train.kernels, defined.plain_step(), arguments, options)
+    arguments, kernels = defined.abstract_arguments(batch), defined.config.train.kernels
+    return _compiled(machine, defined.layout, kernels, defined.plain_step(), arguments, defined.step_options)
 
 
 def compiled_decode(
@@ -53,7 +51,7 @@ def compiled_decode(
     params = jax.eval_shape(lambda: model.init(jax.random.key(0)))
     decoder = Decoder(model, params, config.precision.dtype)
     step, arguments, options = decoder.abstract_step(rows, length or config.train.sequence_length, SamplingSpec())
-    arguments = _placed(arguments, layout)
+    arguments = layout.abstract(arguments)
     return _compiled(machine.alone(), layout, config.train.kernels, step, arguments, options)
 
 
@@ -76,11 +74,6 @@ def peak_bytes(config: RunConfig, devices: Sequence[jax.Device] | None = None) -
         return compiled_step(defined_for(config, machine), machine).peak_bytes
     except TooLarge as error:
         return error.needed
-
-
-def _placed(tree: Any, layout: Layout) -> Any:
-    """Shapes and dtypes, whole on every device."""
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout.replicated), tree)
 
 
 def _compiled(

@@ -1,6 +1,7 @@
 """Where arrays live: a device mesh, and a table from logical axes to mesh axes."""
 
 import contextlib
+import functools
 import math
 from collections.abc import Iterator
 from functools import cached_property
@@ -17,6 +18,7 @@ from efficient_lm.models.ffns.expert_parallel import AXIS, BATCH_AXES
 from efficient_lm.models.language_model import ModelSpec
 from efficient_lm.models.parameters import Declaration, Parameters, map_declarations
 from efficient_lm.spec import Spec
+from efficient_lm.training.implementations import named_implementations
 from kernels_pallas.partition import MESH_AXES, place, placing
 
 AXES = tuple(axis for axes in MESH_AXES.values() for axis in axes)
@@ -110,14 +112,13 @@ class Layout:
                 f"train.{key}: {length} does not divide over {ways} devices of parallelism.mesh.context; "
                 f"nearest valid: {valid}"
             )
-        for name, layer in zip(model.layer_names(), model.layers(), strict=True):
-            for key, mixer in _mixers("mixer", layer.mixer) if ways > 1 else ():
-                if getattr(mixer, "implementation", None) == "cudnn":
-                    raise ConfigError(
-                        f"model.blocks.{name}.{key}.implementation: 'cudnn' returns no logsumexps, by which devices "
-                        "that divide the tokens merge what they attended to; valid with parallelism.mesh.context: "
-                        "auto, xla, pallas; or parallelism=fsdp"
-                    )
+        for key, implementation in named_implementations(model).items() if ways > 1 else ():
+            if implementation == "cudnn":
+                raise ConfigError(
+                    f"{key}: 'cudnn' returns no logsumexps, by which devices that divide the tokens "
+                    "merge what they attended to; valid with parallelism.mesh.context: auto, xla, pallas; or "
+                    "parallelism=fsdp"
+                )
 
     def parameters(self, declarations: Parameters) -> Any:
         """The sharding of every parameter; see `kernels_pallas.partition.place`."""
@@ -157,6 +158,11 @@ class Layout:
 
         return {name: put(array) for name, array in arrays.items()}
 
+    def abstract(self, tree: Any) -> Any:
+        """Shapes and dtypes of arrays that are whole on every device."""
+        place = functools.partial(jax.ShapeDtypeStruct, sharding=self.replicated)
+        return jax.tree.map(lambda leaf: place(leaf.shape, leaf.dtype), tree)
+
     def abstract_batch(self, rows: int, length: int) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes, dtypes and shardings of a batch of text, over all processes."""
         sharding = self._rows((rows, length))
@@ -167,14 +173,6 @@ class Layout:
         """Of an array ``[rows, time]``, or ``[rows]``; tokens that do not divide stay together."""
         over_time = self.context_axes if len(shape) > 1 and shape[1] % self.context_ways == 0 else ()
         return NamedSharding(self.mesh, P(self.batch_axes or None, *([over_time] if over_time else [])))
-
-
-def _mixers(key: str, mixer: Any) -> Iterator[tuple[str, Any]]:
-    """A mixer and those inside of it, with their keys."""
-    if mixer is not None:
-        yield key, mixer
-        for name, part in mixer.inside().items():
-            yield from _mixers(f"{key}.{name}.mixer", part)
 
 
 def _sizes(mesh: dict[str, int], devices: int) -> dict[str, int]:

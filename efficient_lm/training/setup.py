@@ -22,13 +22,13 @@ from efficient_lm.evaluation.diagnostics import Diagnostics
 from efficient_lm.models.language_model import LanguageModel
 from efficient_lm.models.parameters import Parameters
 from efficient_lm.training.freezing import Trainable, trainable
+from efficient_lm.training.implementations import check_implementations, check_kernels
 from efficient_lm.training.initialization import Source, check_source, transferred
 from efficient_lm.training.parallelism import Layout
 from efficient_lm.training.parameterization import started
 from efficient_lm.training.portions import Portions
 from efficient_lm.training.probes import make_probe, parameter_sizes
 from efficient_lm.training.step import abstract_state, initial_state, make_step, state_shardings
-from kernels_pallas.target import current
 
 log = logging.getLogger(__name__)
 
@@ -93,6 +93,15 @@ class Definition:
     def abstract_state(self) -> dict[str, Any]:
         """Shapes, dtypes and shardings of the state."""
         return abstract_state(self.model, self.optimizer, self.layout, self.averaged)
+
+    def abstract_arguments(self, batch: tuple[int, int] | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Shapes, dtypes and shardings of what the step is called with.
+
+        Args:
+            batch: rows, and tokens of each; None: the largest that a step of the config is given.
+        """
+        spikes = self.layout.abstract(self.config.train.spike.resumed({}))
+        return self.abstract_state() | spikes, self.layout.abstract_batch(*(batch or self.portions.largest.batch))
 
 
 @dataclass(frozen=True)
@@ -187,17 +196,6 @@ def with_factors(config: RunConfig) -> RunConfig:
     return config.model_copy(update={"model": model, "parameterization": parameterization})
 
 
-def check_kernels(config: RunConfig) -> None:
-    """Refuse kernels that are asked for by name where none runs. Raises `ConfigError`."""
-    named = {"train.kernels": config.train.kernels}
-    for name, layer in zip(config.model.layer_names(), config.model.layers(), strict=True):
-        named[f"model.blocks.{name}.mixer.implementation"] = getattr(layer.mixer, "implementation", "auto")
-    where = current().obstacles()
-    asked = [key for key, value in named.items() if value == "pallas"]
-    if where and asked:
-        raise ConfigError(f"{asked[0]}: no kernel runs on {where[0]}; valid here: auto, xla")
-
-
 def schedule_of(config: RunConfig) -> Callable[[Any], Any]:
     """Step, from 0 → learning rate."""
     return config.schedule.build(config.optimizer.learning_rate, config.train.steps)
@@ -209,7 +207,9 @@ def define(config: RunConfig, devices: Sequence[jax.Device] | None = None) -> De
     Raises:
         ConfigError: parts of the config that do not fit each other, or the devices.
     """
-    return _defined(config, _laid_out(config, devices))
+    defined = _defined(config, _laid_out(config, devices))
+    check_implementations(defined)
+    return defined
 
 
 def prepare(config: RunConfig) -> Setup:
@@ -233,7 +233,9 @@ def prepare(config: RunConfig) -> Setup:
             "schedule: %s lowers the learning rate of %s, whose average of the way stands in for that; "
             "schedule=constant leaves it to the average", config.schedule.kind, config.optimizer.kind,
         )  # fmt: skip
-    return Setup(**vars(defined), tokenizer=tokenizer, data=data)
+    setup = Setup(**vars(defined), tokenizer=tokenizer, data=data)
+    check_implementations(setup)
+    return setup
 
 
 def _laid_out(config: RunConfig, devices: Sequence[jax.Device] | None = None) -> Layout:

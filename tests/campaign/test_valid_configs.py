@@ -125,8 +125,8 @@ def first_step(setup: Any, params: Any) -> dict[str, float]:
         batches = setup.data.train_batches(setup.config.train.batch_size)
         batch = {name: array for name, array in next(batches).items() if name != "target_bytes"}
         # From the host: the state is donated, and arrays of it may be one and the same.
-        state = jax.tree.map(np.asarray, initial_state(params, setup.optimizer))
-        _, metrics = setup.step(state, setup.layout.batch(batch))
+        state = jax.tree.map(np.asarray, initial_state(params, setup.optimizer, setup.averaged))
+        _, metrics = setup.step(state | setup.kept_in_record({}), setup.layout.batch(batch))
     return {name: float(value) for name, value in metrics.items() if jax.numpy.ndim(value) == 0}
 
 

@@ -76,6 +76,9 @@ def test_options_may_stand_anywhere(run, tmp_path):
     assert status == 0 and yaml.safe_load(out)["train"]["steps"] == 3
 
 
+SMALL = ["data=parity", "model.width=16", "train.batch_size=2"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -94,6 +97,20 @@ def test_options_may_stand_anywhere(run, tmp_path):
             ["train", "experiment=quickstart", "mixer.implementation=pallas"],
             "model.blocks.layer.mixer.implementation: no kernel runs on backend cpu (Pallas kernels run on TPUs and on "
             "NVIDIA Hopper GPUs); valid here: auto, xla",
+        ),
+        (
+            ["train", *SMALL, "mixer=mamba_mixer", "mixer.channel.implementation=pallas"],
+            "model.blocks.layer.mixer.channel.implementation: no kernel runs on backend cpu",
+        ),
+        (
+            [
+                "train",
+                *SMALL,
+                "mixer=parallel",
+                "mixer.second.mixer={kind: attention, heads: 2, implementation: cudnn}",
+            ],
+            "model.blocks.layer.mixer.second.mixer.implementation: attention: implementation 'cudnn' cannot honour "
+            "backend cpu, dtype float32, segment_ids; can: xla, reference",
         ),
         (["generate"], "checkpoint: a value is needed"),
         (["generate", "checkpoint=a", "temprature=1"], "temprature: unknown key; did you mean 'temperature'"),
