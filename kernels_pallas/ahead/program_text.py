@@ -12,6 +12,7 @@ _OPERATION = re.compile(r"^\s*(ROOT )?%?([\w.-]+) = (.*?) ([\w-]+)\((.*)$")
 _HEAD = re.compile(r"^(ENTRY )?%?([\w.-]+)(?: \(.*)? \{\s*$")
 _CALLED = re.compile(r"(?:calls|to_apply|body|true_computation|false_computation)=%?([\w.-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_CONSTANT = re.compile(r"[su]32\[\]\S* constant\((\d+)\)")
 _APPLIES = ("reduce-scatter", "reduce", "sort", "scatter", "select-and-scatter", "map")
 """Operations whose `to_apply` is one step of them; so are those that begin with all-reduce and reduce-window."""
 
@@ -97,13 +98,30 @@ class ProgramText:
         return 0 if found is None else size(found.shape)
 
     def _trips(self, line: str) -> int | None:
-        """How often a loop runs: as the compiler says, or else as the one number says its condition compares with."""
+        """How often a loop runs: as the compiler says, or else until it has counted to the number it compares with."""
         if said := re.search(r'"known_trip_count":\{"n":"(\d+)"', line):
             return int(said[1])
-        condition = re.search(r"condition=%?([\w.-]+)", line)
-        lines = list(self._lines(condition[1])) if condition else []
-        numbers = {int(number) for each in lines for number in re.findall(r"s32\[\]\S* constant\((\d+)\)", each)}
-        return numbers.pop() if len(numbers) == 1 else None
+        named = {part: name for part, name in re.findall(r"(condition|body)=%?([\w.-]+)", line)}
+        lines = self._lines(named.get("condition", ""))
+        numbers = {int(number) for each in lines for number in _CONSTANT.findall(each)}
+        return -(-numbers.pop() // self._increment(**named)) if len(numbers) == 1 else None
+
+    def _increment(self, condition: str, body: str) -> int:
+        """By how much a loop's counter grows in a turn: two, say, where the compiler made one turn of two."""
+        compared, turn = self._root(condition), self.computations.get(body, {})
+        counters = [self.computations[condition].get(name) for name in compared.operands] if compared else []
+        places = [
+            re.search(r"index=(\d+)", each.line) for each in counters if each and each.kind == "get-tuple-element"
+        ]
+        result = self._root(body)
+        if len(places) != 1 or result is None or result.kind != "tuple":
+            return 1
+        grown = turn.get(result.operands[int(places[0][1])])
+        added = [_CONSTANT.search(turn[name].line) for name in grown.operands if name in turn] if grown else []
+        return next((int(number[1]) for number in added if number), 1)
+
+    def _root(self, computation: str) -> Operation | None:
+        return next((each for each in self.computations.get(computation, {}).values() if each.root), None)
 
     def _lines(self, computation: str) -> Iterator[str]:
         for operation in self.computations.get(computation, {}).values():

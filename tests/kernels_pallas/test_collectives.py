@@ -65,6 +65,17 @@ def test_who_takes_part_is_read(said, group):
     assert (found.devices, found.group) == (2, group)
 
 
+@pytest.mark.parametrize(("step", "times"), [(1, 16), (2, 8), (5, 4)])
+def test_a_loop_may_count_by_more_than_one(step, times):
+    """As the compilers for TPUs do where a product and an exchange go around a ring together."""
+    counter = f"  %by = u32[]{{:T(128)}} constant({step})\n  %index = u32[] get-tuple-element(%p), index=0\n"
+    text = PROGRAM.replace("SAID", "").replace("s32", "u32")
+    text = text.replace("  %part", f"{counter}  %next = u32[] add(%index, %by)\n  %part", 1)
+    text = text.replace("tuple(%index, %part)", "tuple(%next, %part)")
+    text = text.replace("  %last", "  %index = u32[] get-tuple-element(%p), index=0\n  %last")
+    assert collectives(text)[0].times == times
+
+
 def test_a_loop_of_unknown_length_is_not_guessed():
     text = PROGRAM.replace("SAID", "").replace("constant(16)", "parameter(1)")
     with pytest.raises(ValueError, match="a loop around start does not say how often it runs"):
