@@ -1,6 +1,7 @@
 """What a run tells people: metrics.jsonl, a progress bar or plain lines, and a plot of the loss."""
 
 import contextlib
+import io
 import json
 import logging
 import math
@@ -300,8 +301,14 @@ def empty_plot(across: str, up: str, title: str) -> Any:
 
 def save_plot(axes: Any, path: Path) -> Path:
     """Write a figure as a PNG at `path`, whole or not at all."""
+    from PIL import Image  # which Matplotlib needs itself
+
     path.parent.mkdir(parents=True, exist_ok=True)
-    axes.figure.savefig(path.with_suffix(".tmp"), format="png")
+    drawn = io.BytesIO()
+    axes.figure.savefig(drawn, format="png")
+    # A palette takes a quarter of the bytes, and lines and letters have few colours.
+    palette = Image.open(drawn).convert("RGB").quantize(128, dither=Image.Dither.NONE)
+    palette.save(path.with_suffix(".tmp"), format="png", optimize=True)
     os.replace(path.with_suffix(".tmp"), path)
     return path
 
