@@ -20,6 +20,8 @@ import pytest
 
 AXES = ["mixer=attention,gla,delta_net", "optimizer.learning_rate=1e-3,1e-2", "restarts=1000", "launcher.concurrent=2"]
 OF_TIME = ("seconds", "tokens_per_second", "mfu", "goodput", "memory", "wait", "stall", "dispatch")
+KINDS = ["sweep", "run", "machine", "memory"]
+"""What is killed: see `disturb`."""
 PATIENCE = 900
 """Seconds after which a sweep that nothing happens to has hung."""
 
@@ -79,6 +81,8 @@ def test_a_sweep_whose_processes_are_killed_ends_with_the_table_of_an_undisturbe
     options = {"train.steps": 600, "train.checkpoint_every": 20, "train.evaluate_every": 200, "train.batch_size": 16}
     keys = [key for key in overrides("unused", **options) if not key.startswith("run.")]
     whole, folder, draw = tmp_path / "whole", tmp_path / "killed", random.Random(seed)
+    kinds = (KINDS * kills)[:kills]
+    draw.shuffle(kinds)
     assert start(whole, keys).wait(PATIENCE) == 0, Path(f"{whole}.log").read_text()
     done, sweep, deadline = Counter(), None, time.monotonic() + 3 * PATIENCE
     while done.total() < kills:
@@ -89,7 +93,7 @@ def test_a_sweep_whose_processes_are_killed_ends_with_the_table_of_an_undisturbe
         assert sweep.poll() in (None, 0), Path(f"{folder}.log").read_text()
         if sweep.poll() == 0:
             break
-        kind = draw.choice(["sweep", "run", "machine", "memory"])
+        kind = kinds[done.total()]
         with suppress(IndexError, ProcessLookupError, FileNotFoundError):  # no run is there just now
             disturb(kind, sweep, folder, draw)
             done[kind] += 1
