@@ -35,11 +35,11 @@ def start(folder, keys):
 
 def alive(folder):
     """Numbers of the training processes of a sweep."""
-    found = []
+    found, told = [], f"{folder}/runs/".encode()
     for place in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
             words = (place / "cmdline").read_bytes().split(b"\0")
-            if b"train" in words and any(word.startswith(f"run.dir={folder}/".encode()) for word in words):
+            if b"train" in words and any(word.startswith(b"run.dir=") and told in word for word in words):
                 found.append(int(place.name))
     return found
 
