@@ -219,9 +219,10 @@ def _find_assembler() -> None:
 def _described(asked: str, topology_name: str, **options: Any) -> Sequence[Any]:
     try:
         return topologies.get_topology_desc(topology_name, **options).devices
-    except NotImplementedError as error:  # what JAX says of a platform without the plugin
-        raise Missing("jax-cuda13-pjrt", f"or JAX had started before it could be found: {error}") from error
     except Exception as error:
+        if isinstance(error, RuntimeError) and not isinstance(error, jax.errors.JaxRuntimeError):
+            # JAX itself, not a compiler: it knows no such platform.
+            raise Missing("jax-cuda13-pjrt", f"or JAX had started before it could be found: {error}") from error
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(f"topology '{asked}': {first}") from error
 
