@@ -22,6 +22,19 @@ def give_way() -> None:
     lowered = min(os.getpriority(os.PRIO_PROCESS, os.getpid()) + NICENESS, 19)
     with contextlib.suppress(OSError):
         os.setpriority(os.PRIO_PROCESS, 0, lowered)
-        for thread in Path("/proc/self/task").iterdir():
+    for thread in threads_of_tensorstore():
+        with contextlib.suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, thread, lowered)
+
+
+def threads_of_tensorstore() -> list[int]:
+    """Return the system's numbers of the threads TensorStore keeps (Linux).
+
+    A thread that ends while its name is read is passed over.
+    """
+    found = []
+    for thread in Path("/proc/self/task").iterdir():
+        with contextlib.suppress(OSError):
             if (thread / "comm").read_text().startswith(OF_TENSORSTORE):
-                os.setpriority(os.PRIO_PROCESS, int(thread.name), lowered)
+                found.append(int(thread.name))
+    return found

@@ -3,13 +3,12 @@
 import os
 import sys
 import threading
-from pathlib import Path
 
 import jax.numpy as jnp
 import pytest
 
 from efficient_lm.training.checkpoints import Checkpoints
-from efficient_lm.training.priority import NICENESS, OF_TENSORSTORE, give_way
+from efficient_lm.training.priority import NICENESS, give_way, threads_of_tensorstore
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="threads have no priorities of their own")
 
@@ -36,9 +35,24 @@ def test_a_thread_that_gives_way_and_what_it_starts(tmp_path):
     thread.join()
     lowered = min(before + NICENESS, 19)
     assert found == {"own": lowered, "inner": lowered} and niceness() == before
-    names = {int(path.name): (path / "comm").read_text() for path in Path("/proc/self/task").iterdir()}
-    theirs = [number for number, name in names.items() if name.startswith(OF_TENSORSTORE)]
+    theirs = threads_of_tensorstore()
     assert theirs and {niceness(number) for number in theirs} == {lowered}
+
+
+def test_threads_that_end_while_they_are_listed_are_passed_over():
+    stop = threading.Event()
+
+    def come_and_go():
+        while not stop.is_set():
+            threading.Thread(target=int).start()
+
+    coming = threading.Thread(target=come_and_go)
+    coming.start()
+    try:
+        assert all(threading.get_native_id() not in threads_of_tensorstore() for _ in range(200))
+    finally:
+        stop.set()
+        coming.join()
 
 
 @pytest.mark.parametrize("going_on", [True, False])
