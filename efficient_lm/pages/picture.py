@@ -97,7 +97,7 @@ def _settle(axes: Any, series: list[Series], across: str, up: str) -> None:
     for each in series:
         known = [row for row in zip(each.columns[across], each.columns[up], strict=True) if None not in row]
         if known:
-            first = 0.9 * known[0][0] + 0.1 * known[-1][0]
+            first = known[0][0] + 0.1 * (known[-1][0] - known[0][0])
             low.append(min(y for _, y in known))
             high.append(max(y for x, y in known if x >= first))
     if low and max(high) > min(low):

@@ -125,3 +125,11 @@ def test_pictures(tmp_path):
     assert picture(chart, tmp_path / "b.png", chart.across[0], chart.up[1]) is None
     none = a_chart(series=[Series("s", "g", {"x": [None], "y": [None]}, line=False)], front="best")
     assert picture(none, tmp_path / "c.png", none.across[0], none.up[0]) is None
+
+
+@pytest.mark.parametrize("x", [7.7, 17.7, 1935094579200.0])
+def test_a_picture_of_lines_of_one_point_each(tmp_path, x):
+    """0.9 x + 0.1 x is more than x by rounding, for the first of them."""
+    series = [Series(name, "g", {"x": [x], "y": [y]}, marks=True) for name, y in (("a", 1.5), ("b", 2.0))]
+    chart = a_chart(series=series, settle=True)
+    assert picture(chart, tmp_path / "a.png", chart.across[0], chart.up[0]).stat().st_size > 1000
