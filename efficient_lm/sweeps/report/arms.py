@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -44,6 +44,14 @@ class Setting:
         """Of that figure, over seeds."""
         values = self.values(name)
         return float(np.mean(values)) if values else None
+
+    @cached_property
+    def sizes(self) -> dict[str, "Setting"]:
+        """The models nested in those of the runs that ended, by what they are called, the smallest first."""
+        ended = [run for run in self.runs if run.ended]
+        names = dict.fromkeys(name for run in ended for name in run.sizes)
+        parts = {name: [replace(run, figures=run.sizes[name]) for run in ended if name in run.sizes] for name in names}
+        return {name: Setting(self.rate, tuple(runs)) for name, runs in parts.items()}
 
 
 @dataclass(frozen=True)

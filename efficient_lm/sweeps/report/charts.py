@@ -141,7 +141,8 @@ def pareto_chart(arms: Arms, rows: Rows) -> Chart | None:
     best = _best(arms)
     if len(best) < 2:
         return None
-    series = _by_family(best, COSTS, rows)
+    nested = [_sizes_series(arm, setting, rows) for arm, setting in best if setting.sizes]
+    series = [*_by_family(best, COSTS, rows), *nested]
     rated = (
         ", each with the learning rate that was best for it" if any(len(arm.settings) > 1 for arm, _ in best) else ""
     )
@@ -149,6 +150,8 @@ def pareto_chart(arms: Arms, rows: Rows) -> Chart | None:
         f"{counted(len(best), 'arm')}{rated}: {seeds_of([setting for _, setting in best])}. The dashed line goes "
         "through those that no other one beats: as good for less."
     )
+    if nested:
+        caption += " Other lines join the sizes nested in one model."
     return Chart("pareto", "Quality against cost", caption, COSTS, arms.quality, series, arms.families,
                  front="no other is as good for less").reduced()  # fmt: skip
 
@@ -205,6 +208,15 @@ def _by_family(
         series.append(Series(family, family, columns | _quality(settings), line=line and len(members) > 1, marks=True,
                              labels=labels, rows=[rows.get(arm.label, "") for arm, _ in members]))  # fmt: skip
     return series
+
+
+def _sizes_series(arm: Arm, setting: Setting, rows: Rows) -> Series:
+    """The models nested in an arm's, a point for each."""
+    settings = list(setting.sizes.values())
+    columns = {name: [each.mean(name) for each in settings] for name in ("parameters", "flops_per_token")}
+    labels = [f"{_label(arm, setting)}, size {name}" for name in setting.sizes]
+    return Series(f"{arm.label}, its sizes", arm.family, columns | _quality(settings), marks=True, labels=labels,
+                  rows=[rows.get(arm.label, "")] * len(labels))  # fmt: skip
 
 
 def _label(arm: Arm, setting: Setting) -> str:

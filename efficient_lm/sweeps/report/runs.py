@@ -47,6 +47,7 @@ class Run:
         seed, learning_rate: None if not known.
         training, validation: curves along ``tokens`` and ``seconds``; the training loss smoothed, both thinned out.
         figures: at its end.
+        sizes: of the models nested in it, the smallest first: what it is called → its figures.
         sweep: name of its sweep, or empty.
     """
 
@@ -61,6 +62,7 @@ class Run:
     training: Columns = field(default_factory=dict)
     validation: Columns = field(default_factory=dict)
     figures: Mapping[str, float] = field(default_factory=dict)
+    sizes: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     sweep: str = ""
 
     @property
@@ -107,6 +109,7 @@ def read(found: Found, points: int = POINTS) -> Run:
         training=_thinned(training, points),
         validation=_thinned(validation, points),
         figures=_figures(found.row, rows, summary, training),
+        sizes=_sizes(summary),
         sweep=found.sweep,
     )
 
@@ -228,6 +231,20 @@ def _figures(
     if flops is not None and tokens is not None and tokens > 0:
         numbers["training_flops_per_token"] = flops / tokens
     return numbers
+
+
+def _sizes(summary: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """Cost and quality of every size of a run with nested ones; the whole model has figures without a name behind."""
+    found = {}
+    entries = summary.get("sizes") if isinstance(summary.get("sizes"), list) else []
+    for place, entry in enumerate(entries):
+        if not isinstance(entry, dict) or not isinstance(name := entry.get("size"), str):
+            continue
+        ending = "" if place == len(entries) - 1 else f"_{name}"
+        figures = {cost: entry.get(cost) for cost in ("parameters", "flops_per_token")}
+        figures |= {measure.name: summary.get(f"{measure.name}{ending}") for measure in VALIDATION}
+        found[name] = {key: number for key, value in figures.items() if (number := _number(value)) is not None}
+    return found
 
 
 def _training(rows: Sequence[Mapping[str, Any]]) -> Columns:

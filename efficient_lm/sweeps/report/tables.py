@@ -84,6 +84,23 @@ def arms_table(arms: Arms) -> Table:
     return Table("arms", caption, columns, rows)
 
 
+def sizes_table(arms: Arms) -> Table | None:
+    """The models nested in those of arms, a row for each; None where no model has any."""
+    found = [(arm, setting.sizes) for arm in arms.arms if (setting := arms.best(arm)) is not None and setting.sizes]
+    names = {name for _, sizes in found for setting in sizes.values() for run in setting.runs for name in run.figures}
+    measures = known((*arms.quality, *COSTS), names)
+    columns = [Column("arm"), Column("size", True)]
+    columns += [Column(heading(measure.name), True, measure.label) for measure in measures]
+    rows = [
+        [Cell(arm.label, arm.label), Cell(name, parameters),
+         *(spread(setting.values(measure.name), measure.name) for measure in measures)]
+        for arm, sizes in found
+        for name, setting in sizes.items() if (parameters := setting.mean("parameters")) is not None
+    ]  # fmt: skip
+    caption = "Sizes nested in one model, each as it is by itself when it is extracted."
+    return Table("sizes", caption, columns, rows) if rows else None
+
+
 def _best_marked(rows: Sequence[Sequence[Cell]], column: int, more: bool) -> int | None:
     sign = -1 if more else 1
     scored = [(sign * row[column].order, place) for place, row in enumerate(rows) if row[column].order is not None]

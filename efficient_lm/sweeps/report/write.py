@@ -32,6 +32,7 @@ PARTS = {
     "compute": "Size and compute",
     "memory": "Recall against state size",
     "arm": "Arms",
+    "size": "Sizes in one model",
     "run": "Runs",
     "incomplete": "Incomplete runs",
     "config": "What the configs differ in",
@@ -64,7 +65,7 @@ def report(sources: Sources, output: Path, title: str) -> list[Path]:
         raise ResourceError(f"output: cannot write to {output}: {storage_fault(error) or error.strerror}") from error
     runs = read_all(sources.runs)
     arms = arms_of(runs, ranked(sources.metrics))
-    arm_rows, run_rows = tables.arms_table(arms), tables.runs_table(runs, output)
+    arm_rows, run_rows, size_rows = tables.arms_table(arms), tables.runs_table(runs, output), tables.sizes_table(arms)
     ids = {arm.label: arm_rows.row(place) for place, arm in enumerate(arms.arms)}
     by_run = {str(run.path): run_rows.row(place) for place, run in enumerate(runs)}
     made = [charts.loss_chart(arms, by_run), charts.envelope_chart(arms), charts.rate_chart(arms, ids),
@@ -72,18 +73,19 @@ def report(sources: Sources, output: Path, title: str) -> list[Path]:
             *_isoflop(arms, ids)]  # fmt: skip
     shown = {chart.name: chart for chart in made if chart is not None and chart.across and chart.up}
     pictures = _pictures(shown, output, arms.quality)
-    text = page(title, *_body(runs, arms, sources, shown, arm_rows, run_rows, output, pictures))
+    text = page(title, *_body(runs, arms, sources, shown, arm_rows, size_rows, run_rows, output, pictures))
     # Names of folders may hold bytes that are no text.
     write_atomically(output / PAGE, text.encode("utf-8", "replace"))
     write_atomically(output / CSV, _csv(runs, output).encode("utf-8", "replace"))
-    write_atomically(output / MARKDOWN, _markdown(title, arm_rows, pictures).encode("utf-8", "replace"))
+    write_atomically(output / MARKDOWN, _markdown(title, arm_rows, size_rows, pictures).encode("utf-8", "replace"))
     return [output / PAGE, output / CSV, output / MARKDOWN, *pictures]
 
 
-def _markdown(title: str, arms: Table, pictures: Sequence[Path]) -> str:
-    """The table of arms and the pictures, for a page of a repository."""
+def _markdown(title: str, arms: Table, sizes: Table | None, pictures: Sequence[Path]) -> str:
+    """The tables of arms and of sizes, and the pictures, for a page of a repository."""
+    shown = "\n\n".join(f"{as_markdown(table)}\n{escaped(table.caption)}" for table in (arms, sizes) if table)
     drawn_here = "\n".join(f"![{path.stem.replace('_', ' ')}]({path.name})\n" for path in pictures)
-    return f"# {escaped(title)}\n\n{as_markdown(arms)}\n{escaped(arms.caption)}\n\n{drawn_here}"
+    return f"# {escaped(title)}\n\n{shown}\n\n{drawn_here}"
 
 
 def _isoflop(arms: Arms, ids: dict[str, str]) -> list[Chart]:
@@ -104,6 +106,7 @@ def _body(
     sources: Sources,
     shown: dict[str, Chart],
     arm_rows: Table,
+    size_rows: Table | None,
     run_rows: Table,
     output: Path,
     pictures: Sequence[Path],
@@ -116,6 +119,7 @@ def _body(
         "compute": [shown.get("isoflop_profiles"), shown.get("isoflop_laws")],
         "memory": [shown.get("recall")],
         "arm": [arm_rows] if len(arms.arms) < len(runs) or any(run.sweep for run in runs) else [],
+        "size": [size_rows],
         "run": [run_rows],
         "incomplete": [missing] if missing.rows else [],
         "config": [differing],

@@ -156,6 +156,34 @@ def test_quality_against_cost_and_recall_against_state(made_run, tmp_path):
     assert rate_chart(arms, rows) is None
 
 
+NESTED = {"sizes": [{"size": "0.5", "parameters": 40_000, "flops_per_token": 8e4},
+                    {"size": "1", "parameters": 64_000, "flops_per_token": 1.3e5}]}  # fmt: skip
+
+
+def test_sizes_nested_in_one_model(made_run, tmp_path, undrawn):
+    for seed in (0, 1):
+        made_run(f"nested-{seed}", 3.0, seed=seed, **NESTED, **{"val_loss_0.5": 3.5 + seed / 10})
+    made_run("alone", 3.4, mixer="gla", width=40)
+    arms = arms_below(tmp_path)
+    series = pareto_chart(arms, {"attention": "row"}).series[-1]
+    assert series.columns["parameters"] == [40_000, 64_000] and series.columns["val_loss"] == pytest.approx([3.55, 3.1])
+    assert series.columns["val_loss:low"] == pytest.approx([3.5, 3.1]) and series.group == "attention"
+    assert series.line and series.labels == ["attention, size 0.5", "attention, size 1"] and series.rows == ["row"] * 2
+    files = report(find([str(tmp_path)]), tmp_path / "report", "x")
+    assert cells(files[0].read_text(), "sizes") == [
+        ["attention", "0.5", "3.5500 3.5000 to 3.6000", "40,000", "80,000"],
+        ["attention", "1", "3.1000", "64,000", "130,000"],
+    ]
+    assert "| attention | 1 | 3.1000 | 64,000 | 130,000 |" in files[2].read_text()
+
+
+def test_a_report_without_nested_sizes_has_no_table_of_them(made_run, tmp_path, undrawn):
+    for name, sizes in (("a", None), ("b", "half"), ("c", [1, {"size": 0.5}, {}])):
+        made_run(name, mixer=name, sizes=sizes)
+    page = report(find([str(tmp_path)]), tmp_path / "report", "x")[0].read_text()
+    assert "Sizes in one model" not in page and len(cells(page, "runs")) == 3
+
+
 def test_a_sweep_s_own_metric_decides(made_sweep, undrawn):
     """Which of two rates is the better one, and what is shown first."""
     sweep = made_sweep(
