@@ -204,10 +204,10 @@ class Checker:
         for question in questions:
             if self._connection is None:
                 self._start()
-            self._connection.send(question)
             try:
+                self._connection.send(question)
                 answer = self._connection.recv()
-            except EOFError:
+            except (EOFError, ConnectionError):
                 self._process.join()
                 status = self._process.exitcode
                 self.close()

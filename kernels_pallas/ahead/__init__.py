@@ -39,14 +39,15 @@ PACKAGES = HERE.parents[1] / ".ahead"
 """Where `make ahead` puts the compilers of a checkout, so that nothing else finds a TPU or a GPU to look for."""
 REGISTERS, THREADS, SHARED_BYTES, BLOCKS = 65536, 2048, 228 * 1024, 32
 """Of a multiprocessor of a Hopper GPU: 32-bit registers, threads, shared memory, and blocks at a time."""
-_NO_TPU = {
+_ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_ACCELERATOR_TYPE": "v5p-8",
     "TPU_MIN_LOG_LEVEL": "3",
+    "TF_CPP_MIN_LOG_LEVEL": "2",
 }
-"""What libtpu would ask the machine, and complain about: no TPU is touched, and none kept from others."""
+"""What libtpu would ask the machine, and compilers complain about: no TPU is touched, and none kept from others."""
 _RESERVED_BYTES = 1024  # of shared memory, by the driver, for every block
 
 
@@ -160,7 +161,7 @@ def devices(topology: str) -> Sequence[Any]:
     Raises:
         ValueError: there is no such topology. Missing: the plugin that compiles for it is not installed.
     """
-    for name, value in _NO_TPU.items():
+    for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     if PACKAGES.is_dir() and str(PACKAGES) not in sys.path:
         sys.path.append(str(PACKAGES))

@@ -61,8 +61,10 @@ CONFIGS = {
 @pytest.mark.slow
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="only Linux counts the highest anew")
 @pytest.mark.parametrize("config", CONFIGS)
-def test_predicted_and_measured_peaks_are_within_a_tenth(config, tmp_path):
-    environment = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0", "EFFICIENT_LM_CACHE": str(tmp_path)}
+def test_predicted_and_measured_peaks_are_within_a_tenth(config):
+    environment = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}
+    # Programs of the compile cache stay in memory as they were read, some 20 MB of them beside what the step takes.
+    environment.pop("JAX_COMPILATION_CACHE_DIR", None)
     command = [sys.executable, "-c", textwrap.dedent(MEASURE), *CONFIGS[config]]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
