@@ -1,6 +1,7 @@
 """What runs differ in, and which of them are one arm: alike but for the learning rate and the seed."""
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -281,8 +282,9 @@ def _unique(labels: Sequence[str]) -> list[str]:
 
 
 def natural(value: Any) -> tuple[int, float, str]:
-    """What values are sorted by: numbers by their size, all else as text."""
-    return (0, float(value), "") if _is_number(value) else (1, 0.0, shown(value))
+    """What values are sorted by: numbers by their size, all else as text, in which numbers count by their size too."""
+    padded = re.sub(r"\d+", lambda found: found[0].zfill(12), shown(value))
+    return (0, float(value), "") if _is_number(value) else (1, 0.0, padded)
 
 
 def _is_number(value: Any) -> bool:

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from efficient_lm.sweeps.report.arms import arms_of, differences, said
+from efficient_lm.sweeps.report.arms import arms_of, differences, natural, said
 from efficient_lm.sweeps.report.curves import envelope
 from efficient_lm.sweeps.report.measures import BY_NAME
 from efficient_lm.sweeps.report.runs import Run
@@ -164,3 +164,9 @@ def test_a_setting_counts_where_all_its_seeds_have_come():
     assert along_flops.along.max() == 700
     assert envelope_of(run("a", state="failed")) is None
     assert envelope_of(replace(run("a"), training={"tokens": np.array([np.nan]), "loss": np.array([1.0])})) is None
+
+
+def test_numbers_in_words_sort_by_their_size():
+    assert sorted(["4 of 256", "16 of 64", "8 of 128", "dense", 10, 9.5, "1e-3"], key=natural) == [
+        "1e-3", 9.5, 10, "4 of 256", "8 of 128", "16 of 64", "dense",
+    ]  # fmt: skip
