@@ -110,7 +110,7 @@ def test_legends_have_a_colour_for_each_value_of_the_longest_axis():
     assert len({(style.color, style.mark) for style in arms.legend.values()}) == 6
     assert len({(style.color, style.dash) for style in arms.legend.values()}) == 6
     many = arms_of([run(f"{i}", choices={"mixer": f"m{i % 20}", "width": i // 20}) for i in range(40)])
-    assert list(many.legend) == [f"m{i}" for i in sorted(range(20), key=str)]
+    assert list(many.legend) == [f"m{i}" for i in range(20)]
     assert len(set(many.legend.values())) == 20
 
 
