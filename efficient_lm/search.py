@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 from rich.status import Status
 
+from efficient_lm import terminal
 from efficient_lm.api import Model
 from efficient_lm.data.packing import Batch
 from efficient_lm.elastic.budget import BudgetSpec, Meter, check_possible, fits
@@ -147,7 +147,7 @@ def search(
     folder = Path(output) / SEARCH
     folder.mkdir(parents=True, exist_ok=True)
     with (
-        Console(stderr=True).status("") as status,
+        terminal.console(stderr=True).status("") as status,
         Scorer(space, whole.params, batch, method.fitness, folder, model.dtype, _counting(status)) as scorer,
     ):
         for level in range(len(space.nested)):

@@ -12,6 +12,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from efficient_lm import terminal
 from efficient_lm.sweeps.arms import Arm
 from efficient_lm.sweeps.axes import as_word
 from efficient_lm.sweeps.checking import Checked
@@ -26,8 +27,8 @@ PLAIN_WIDTH = 400
 
 def console() -> rich.console.Console:
     """Where tables go."""
-    found = rich.console.Console(highlight=False, soft_wrap=False)
-    return found if found.is_terminal else rich.console.Console(highlight=False, width=PLAIN_WIDTH)
+    found = terminal.console(highlight=False, soft_wrap=False)
+    return found if found.is_terminal else terminal.console(highlight=False, width=PLAIN_WIDTH)
 
 
 def plan_table(arms: Sequence[Arm], checked: Sequence[Checked], keys: Sequence[str]) -> Table:

@@ -186,11 +186,11 @@ class Console:
     """Progress for people: a bar on a terminal, plain lines elsewhere."""
 
     def __init__(self, total_steps: int, start_step: int = 0):
-        import rich.console
+        from efficient_lm.terminal import console
 
         self.total, self.start = total_steps, start_step
         self._began = time.monotonic()
-        self._console = rich.console.Console(highlight=False, soft_wrap=True)
+        self._console = console(highlight=False, soft_wrap=True)
         self._bar = _bar(self._console) if self._console.is_terminal else None
         if self._bar is not None:
             self._task = self._bar.add_task("", total=total_steps, completed=start_step, loss="", speed="", left="")
