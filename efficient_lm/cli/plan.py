@@ -1,5 +1,6 @@
 """The verb `plan`."""
 
+import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +40,8 @@ UNREAD = {"data": {"source": {"kind": "sotu"}}, "tokenizer": {"kind": "bytes"}}
 
 def run(overrides: Sequence[str], options: Options) -> None:
     """Count what the config that `overrides` compose would cost; `ResourceError` if the machine has not the memory."""
+    # Before jax: a compiler that finds no room warns of what is then refused in our words.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     asked, config = _configs(overrides, options)
 
     from efficient_lm.training.accounting import plan

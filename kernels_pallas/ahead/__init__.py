@@ -45,9 +45,8 @@ _ENVIRONMENT = {
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_ACCELERATOR_TYPE": "v5p-8",
     "TPU_MIN_LOG_LEVEL": "3",
-    "TF_CPP_MIN_LOG_LEVEL": "2",
 }
-"""What libtpu would ask the machine, and compilers complain about: no TPU is touched, and none kept from others."""
+"""What libtpu would ask the machine, and complain about: no TPU is touched, and none kept from others."""
 _RESERVED_BYTES = 1024  # of shared memory, by the driver, for every block
 
 
