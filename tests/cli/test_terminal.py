@@ -8,6 +8,8 @@ from efficient_lm.terminal import console
 def test_a_notebook_that_asks_for_colour_is_no_terminal(monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")
     assert rich.console.Console().is_terminal
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    assert rich.console.Console().is_jupyter and not console().is_jupyter
     assert not console().is_terminal and not console(stderr=True, highlight=False).is_terminal
 
 
