@@ -15,7 +15,7 @@ from efficient_lm.pages.table import Table, as_markdown, laid
 from efficient_lm.sweeps.report import charts, tables
 from efficient_lm.sweeps.report.arms import Arms, arms_of
 from efficient_lm.sweeps.report.charts import counted
-from efficient_lm.sweeps.report.measures import BY_NAME, heading, ranked
+from efficient_lm.sweeps.report.measures import BY_NAME, PROGRESS, heading, ranked
 from efficient_lm.sweeps.report.runs import ENDED, Run, read_all
 from efficient_lm.sweeps.report.sources import Sources
 from efficient_lm.training.reporting import write_atomically
@@ -23,6 +23,8 @@ from efficient_lm.training.reporting import write_atomically
 PAGE, CSV, MARKDOWN = "report.html", "runs.csv", "report.md"
 SIZES = 4
 """Of a family, from which on there may be IsoFLOP profiles."""
+CURVE = 3
+"""Points from which on a curve is one: validation may have come once."""
 PICTURED = ("parameters", "training_flops_per_token", "flops_per_token", "latency_ms", "cache_bytes")
 """Costs that get a picture of quality against them."""
 PARTS = {
@@ -197,13 +199,25 @@ def _pictures(shown: dict[str, Chart], output: Path, quality: Sequence[Measure])
     """A PNG of each chart, and of quality one for each cost; those of an earlier report that have no chart now go."""
     found: list[Path] = []
     for name, chart in shown.items():
-        up = next((measure for measure in quality if measure in chart.up), chart.up[0])
+        up = _upward(chart, quality)
         for across in _pictured(chart):
             path = picture(chart, output / f"{name}_{across.name}.png", across, up)
             found += [path] if path is not None else []
     for old in {output / f"{chart}_{across}.png" for chart, names in DRAWN.items() for across in names} - set(found):
         old.unlink(missing_ok=True)
     return found
+
+
+def _upward(chart: Chart, quality: Sequence[Measure]) -> Measure:
+    """What goes up in a picture: the first measure of quality, and along training the first that has curves."""
+
+    def points(measure: Measure) -> int:
+        found = (series.columns.get(measure.name, ()) for series in chart.series)
+        return max((sum(value is not None for value in column) for column in found), default=0)
+
+    least = CURVE if chart.across[0] in PROGRESS else 1
+    there = [measure for measure in quality if measure in chart.up]
+    return next((measure for measure in there if points(measure) >= least), (there or chart.up)[0])
 
 
 def _pictured(chart: Chart) -> list[Measure]:

@@ -129,6 +129,18 @@ def test_pictures_of_an_earlier_report_go(grid, undrawn):
     assert not (grid / "report" / "recall_cache_bytes.png").exists() and (grid / "report" / "losses_mine.png").exists()
 
 
+@pytest.mark.parametrize(("evaluations", "drawn"), [(1, "loss"), (2, "loss"), (4, "val_loss")])
+def test_pictures_along_training_are_of_what_has_curves(made_run, tmp_path, monkeypatch, evaluations, drawn):
+    rows = (made_run("a") / "metrics.jsonl").read_text().splitlines()
+    scored = [row for row in rows if "val_loss" in row]
+    kept = [row for row in rows if row not in scored[evaluations:]]
+    (tmp_path / "a" / "metrics.jsonl").write_text("".join(row + "\n" for row in kept))
+    made = {}
+    monkeypatch.setattr(write, "picture", lambda chart, path, across, up: made.update({path.name: up.name}))
+    report(find([str(tmp_path)]), tmp_path / "report", "x")
+    assert made["losses_tokens.png"] == drawn
+
+
 def test_a_folder_that_cannot_be_made(grid, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ResourceError, match="output: cannot write to"):
