@@ -99,11 +99,13 @@ class PowerLaw:
     def of(cls, flops: Sequence[float], values: Sequence[float]) -> "PowerLaw":
         """Through values, by least squares of their logarithms."""
         exponent, level = np.polyfit(np.log(flops), np.log(values), 1)
-        return cls(float(np.exp(level)), float(exponent))
+        with np.errstate(over="ignore"):
+            return cls(float(np.exp(level)), float(exponent))
 
     def at(self, flops: np.ndarray | float) -> np.ndarray:
-        """The value at each budget."""
-        return self.factor * np.power(flops, self.exponent)
+        """The value at each budget; no finite number where a draw of the bootstrap is too steep for floats."""
+        with np.errstate(over="ignore", invalid="ignore"):
+            return self.factor * np.power(flops, self.exponent)
 
 
 @dataclass(frozen=True)

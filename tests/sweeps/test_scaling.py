@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from efficient_lm.errors import ConfigError
-from efficient_lm.sweeps.profiles import by_budget, fit_profiles
+from efficient_lm.sweeps.profiles import PowerLaw, by_budget, fit_profiles
 from efficient_lm.sweeps.scaling import Bootstrap, Coefficients, Point, fit_parametric
 from efficient_lm.sweeps.scaling_report import scaling
 
@@ -111,6 +111,12 @@ def test_budgets_are_told_apart_though_no_run_has_it_exactly():
 def test_too_little_to_fit_is_said(points, words):
     with pytest.raises(ConfigError, match=words):
         fit_parametric(points)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_law_too_steep_for_floats_is_no_finite_number():
+    assert not np.isfinite([PowerLaw(1.0, 40.0).at(1e12), PowerLaw(0.0, 40.0).at(1e12)]).any()
+    assert PowerLaw(2.0, 0.5).at(1e12) == 2e6
 
 
 def test_too_few_sizes_for_a_profile():
