@@ -90,22 +90,21 @@ class Profile:
 
 @dataclass(frozen=True)
 class PowerLaw:
-    """``factor * flops^exponent``."""
+    """``exp(log_factor) * flops^exponent``: a steep law through common budgets has a factor that no float holds."""
 
-    factor: float
+    log_factor: float
     exponent: float
 
     @classmethod
     def of(cls, flops: Sequence[float], values: Sequence[float]) -> "PowerLaw":
         """Through values, by least squares of their logarithms."""
-        exponent, level = np.polyfit(np.log(flops), np.log(values), 1)
-        with np.errstate(over="ignore"):
-            return cls(float(np.exp(level)), float(exponent))
+        exponent, log_factor = np.polyfit(np.log(flops), np.log(values), 1)
+        return cls(float(log_factor), float(exponent))
 
     def at(self, flops: np.ndarray | float) -> np.ndarray:
-        """The value at each budget; no finite number where a draw of the bootstrap is too steep for floats."""
-        with np.errstate(over="ignore", invalid="ignore"):
-            return self.factor * np.power(flops, self.exponent)
+        """The value at each budget; infinite where it is more than a float holds."""
+        with np.errstate(over="ignore"):
+            return np.exp(self.log_factor + self.exponent * np.log(flops))
 
 
 @dataclass(frozen=True)
@@ -149,7 +148,8 @@ class IsoflopFit:
             for each in self.profiles
         ]
         laws = {
-            name: {"factor": law.factor, "exponent": _plain(self.exponents[name])} for name, law in self.laws.items()
+            name: {"log_factor": law.log_factor, "exponent": _plain(self.exponents[name])}
+            for name, law in self.laws.items()
         }
         return {"profiles": profiles, "laws": laws, "level": self.bootstrap.level}
 
