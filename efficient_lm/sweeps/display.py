@@ -3,19 +3,20 @@
 import contextlib
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import rich.box
 import rich.console
 from rich.live import Live
+from rich.progress import track
 from rich.table import Table
 from rich.text import Text
 
 from efficient_lm import terminal
 from efficient_lm.sweeps.arms import Arm
 from efficient_lm.sweeps.axes import as_word
-from efficient_lm.sweeps.checking import Checked
+from efficient_lm.sweeps.checking import Checked, Question
 from efficient_lm.sweeps.running import Active
 from efficient_lm.sweeps.searches import Objective
 from efficient_lm.sweeps.table import ENDED, STATES, Line, Row, front, shown
@@ -29,6 +30,19 @@ def console() -> rich.console.Console:
     """Where tables go."""
     found = terminal.console(highlight=False, soft_wrap=False)
     return found if found.is_terminal else terminal.console(highlight=False, width=PLAIN_WIDTH)
+
+
+def checks_watched[Answer](
+    out: rich.console.Console, questions: Sequence[Question], answers: Iterable[Answer]
+) -> list[Answer]:
+    """The answers to questions, each of which may take a minute of compiling: how far they are is said."""
+    asked = sum(each.known is None for each in questions)
+    if asked and not out.is_terminal:
+        compiled = ", compiling the step of each" if questions[0].memory else ""
+        out.print(f"checking {asked} arms{compiled}", markup=False)
+    return list(
+        track(answers, "checking arms", total=len(questions), console=out, transient=True, disable=not out.is_terminal)
+    )
 
 
 def plan_table(arms: Sequence[Arm], checked: Sequence[Checked], keys: Sequence[str]) -> Table:

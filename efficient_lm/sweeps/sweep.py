@@ -11,7 +11,7 @@ from efficient_lm.sweeps.arms import Arm, Space, arms_of
 from efficient_lm.sweeps.axes import Axis
 from efficient_lm.sweeps.checking import Checked, Checker, Known, Question
 from efficient_lm.sweeps.config import SweepConfig
-from efficient_lm.sweeps.display import Display, console, plan_table, result_table
+from efficient_lm.sweeps.display import Display, checks_watched, console, plan_table, result_table
 from efficient_lm.sweeps.plans import Drawn, Grid, Plan, too_large
 from efficient_lm.sweeps.running import PROGRAM, RUNS, Runner
 from efficient_lm.sweeps.study import STUDY_FILE, Study, reading
@@ -112,7 +112,8 @@ class _Sweep:
         """
         known = {name: Known(tuple(told["overrides"]), **_without(told, "overrides")) for name, told in before.items()}
         firsts = [group[0] for group in self.arms]
-        found = list(checker.check(self._question.of(arm, known.get(arm.name)) for arm in firsts))
+        questions = [self._question.of(arm, known.get(arm.name)) for arm in firsts]
+        found = checks_watched(self._out, questions, checker.check(questions))
         _check_valid(firsts, found)
         self.launcher.measured(found[0].known.device_bytes)
         _check_memory(firsts, found, self.launcher.limit_bytes)

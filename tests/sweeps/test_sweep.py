@@ -1,13 +1,16 @@
 """A sweep of stub runs: what it writes, what it prints, what it refuses."""
 
 import csv
+import io
 import json
 
 import pytest
 import yaml
+from rich.console import Console
 
 from efficient_lm.errors import ConfigError, ResourceError
-from efficient_lm.sweeps.checking import Checked, Known
+from efficient_lm.sweeps.checking import Checked, Known, Question
+from efficient_lm.sweeps.display import checks_watched
 from efficient_lm.sweeps.launchers.local import LocalLauncher
 from efficient_lm.sweeps.searches import Objective
 from efficient_lm.sweeps.table import lines
@@ -43,7 +46,20 @@ def test_a_sweep_that_is_through_runs_nothing_again(sweep, tmp_path):
 
 def test_a_dry_run_writes_nothing(sweep, tmp_path, capsys):
     assert sweep("loss=3,2", "dry_run=true").rows == []
-    assert "2 arms" in capsys.readouterr().out and not (tmp_path / "sweep").exists()
+    printed = capsys.readouterr().out
+    assert printed.startswith("checking 2 arms, compiling the step of each\n2 arms → ")
+    assert not (tmp_path / "sweep").exists()
+
+
+@pytest.mark.parametrize("known, said", [(None, "checking 2 arms, compiling the step of each"), (Known(), "")])
+def test_checks_that_may_take_long_are_announced(known, said):
+    """What is known already is not asked again, which takes no time."""
+    questions = [Question((), memory=True, known=known)] * 2
+    written, terminal = io.StringIO(), io.StringIO()
+    assert checks_watched(Console(file=written), questions, iter("ab")) == ["a", "b"]
+    assert written.getvalue().strip() == said
+    assert checks_watched(Console(file=terminal, force_terminal=True), questions, iter("ab")) == ["a", "b"]
+    assert "checking arms" in terminal.getvalue() and "100%" in terminal.getvalue()
 
 
 def test_a_folder_of_another_sweep_is_left_as_it_is(sweep, tmp_path):
