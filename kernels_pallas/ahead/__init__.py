@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from jax.experimental import topologies
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -253,7 +254,7 @@ def compile_ahead(
 
     arguments = jax.tree.map(placed, tuple(arguments))
     target = of_device(mesh.devices.flat[0])
-    with tempfile.TemporaryDirectory() as folder, _reports_in(folder), compiling_for(target), ambient:
+    with tempfile.TemporaryDirectory() as folder, _reports_in(folder), uncached(), compiling_for(target), ambient:
         traced = jax.jit(function, **options).trace(*arguments)
         program = _compiled(traced.lower(), arguments)
         kernels = [_read(report) for report in sorted(Path(folder).glob("*.ptxas"))]
@@ -286,16 +287,30 @@ def _bytes(said: str) -> int:
 
 
 @contextlib.contextmanager
-def _reports_in(folder: str) -> Iterator[None]:
-    """Mosaic GPU leaves what it makes of every kernel in `folder`; nothing comes from the cache of programs."""
-    before, name = jax.config.jax_enable_compilation_cache, "MOSAIC_GPU_DUMP_TO"
-    was = os.environ.get(name)
-    os.environ[name] = folder
+def uncached() -> Iterator[None]:
+    """No program comes from the cache of programs or goes into it.
+
+    One that was compiled ahead cannot be read back without its device, and one read back leaves no reports.
+    """
+    before = jax.config.jax_enable_compilation_cache
     jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()  # JAX asks once for a process whether there is a cache
     try:
         yield
     finally:
         jax.config.update("jax_enable_compilation_cache", before)
+        compilation_cache.reset_cache()
+
+
+@contextlib.contextmanager
+def _reports_in(folder: str) -> Iterator[None]:
+    """Mosaic GPU leaves what it makes of every kernel in `folder`."""
+    name = "MOSAIC_GPU_DUMP_TO"
+    was = os.environ.get(name)
+    os.environ[name] = folder
+    try:
+        yield
+    finally:
         os.environ.pop(name) if was is None else os.environ.update({name: was})
 
 
