@@ -16,12 +16,14 @@ from rich.text import Text
 from efficient_lm import terminal
 from efficient_lm.sweeps.arms import Arm
 from efficient_lm.sweeps.axes import as_word
-from efficient_lm.sweeps.checking import Checked, Question
+from efficient_lm.sweeps.checking import Checked
 from efficient_lm.sweeps.running import Active
 from efficient_lm.sweeps.searches import Objective
 from efficient_lm.sweeps.table import ENDED, STATES, Line, Row, front, shown
 
 SHOWN_RUNS = 16
+CHECKS_SECONDS = 10
+"""Between lines that say how many arms were checked."""
 PLAIN_WIDTH = 400
 """Of tables that no terminal shows: no line is folded."""
 
@@ -32,17 +34,17 @@ def console() -> rich.console.Console:
     return found if found.is_terminal else terminal.console(highlight=False, width=PLAIN_WIDTH)
 
 
-def checks_watched[Answer](
-    out: rich.console.Console, questions: Sequence[Question], answers: Iterable[Answer]
-) -> list[Answer]:
-    """The answers to questions, each of which may take a minute of compiling: how far they are is said."""
-    asked = sum(each.known is None for each in questions)
-    if asked and not out.is_terminal:
-        compiled = ", compiling the step of each" if questions[0].memory else ""
-        out.print(f"checking {asked} arms{compiled}", markup=False)
-    return list(
-        track(answers, "checking arms", total=len(questions), console=out, transient=True, disable=not out.is_terminal)
-    )
+def checks_watched[Answer](out: rich.console.Console, answers: Iterable[Answer], total: int) -> list[Answer]:
+    """The answers to questions that may take a minute of compiling each: how far they are is said now and then."""
+    if out.is_terminal:
+        return list(track(answers, "checking arms", total=total, console=out, transient=True))
+    found, said = [], time.monotonic()
+    for answer in answers:
+        found.append(answer)
+        if len(found) < total and time.monotonic() - said > CHECKS_SECONDS:
+            out.print(f"checked {len(found)} of {total} arms", markup=False)
+            said = time.monotonic()
+    return found
 
 
 def plan_table(arms: Sequence[Arm], checked: Sequence[Checked], keys: Sequence[str]) -> Table:

@@ -112,8 +112,8 @@ class _Sweep:
         """
         known = {name: Known(tuple(told["overrides"]), **_without(told, "overrides")) for name, told in before.items()}
         firsts = [group[0] for group in self.arms]
-        questions = [self._question.of(arm, known.get(arm.name)) for arm in firsts]
-        found = checks_watched(self._out, questions, checker.check(questions))
+        answers = checker.check(self._question.of(arm, known.get(arm.name)) for arm in firsts)
+        found = checks_watched(self._out, answers, len(firsts))
         _check_valid(firsts, found)
         self.launcher.measured(found[0].known.device_bytes)
         _check_memory(firsts, found, self.launcher.limit_bytes)
